@@ -1,0 +1,140 @@
+"""What a model is on disk: its processor without torchvision, its LoRA files, and the schedule that goes with them.
+
+Processor. `Qwen2VLProcessor` loads a video processor, which needs torchvision, which nothing here uses: pictures alone
+are edited. `picture_processor` is the same class with its video half left out; stock's `__call__` runs on it too.
+
+LoRA. A file is fused into the weights and its layers are taken out again, so that a LoRA costs nothing per step and
+what later compiles or quantises the model sees plain Linears. Lightning LoRAs distil the model to 4 or 8 steps on a
+schedule of their own: with one of them, and only then, the scheduler is replaced.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from transformers import Qwen2VLProcessor
+
+from images import EditError
+
+POCKET_FOLDER = Path(__file__).resolve().parent / "pocket_model" / "weights"
+
+# Sigmas 1 -> [1, 0], 2 -> [1, .75, 0], 4 -> [1, .9, .75, .5, 0] at any size (github.com/ModelTC/Qwen-Image-Lightning).
+LIGHTNING_SCHEDULER = {
+    "base_image_seq_len": 256,
+    "base_shift": math.log(3),
+    "invert_sigmas": False,
+    "max_image_seq_len": 8192,
+    "max_shift": math.log(3),
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "shift_terminal": None,
+    "stochastic_sampling": False,
+    "time_shift_type": "exponential",
+    "use_beta_sigmas": False,
+    "use_dynamic_shifting": True,
+    "use_exponential_sigmas": False,
+    "use_karras_sigmas": False,
+}
+# (edition, name) -> (repository, file). There is no file for 2 steps: they use the 4-step one.
+LIGHTNING_FILES = {
+    ("2509", "lightning-4"): (
+        "lightx2v/Qwen-Image-Lightning",
+        "Qwen-Image-Edit-2509/Qwen-Image-Edit-2509-Lightning-4steps-V1.0-bf16.safetensors",
+    ),
+    ("2509", "lightning-8"): (
+        "lightx2v/Qwen-Image-Lightning",
+        "Qwen-Image-Edit-2509/Qwen-Image-Edit-2509-Lightning-8steps-V1.0-bf16.safetensors",
+    ),
+    ("2511", "lightning-4"): (
+        "lightx2v/Qwen-Image-Edit-2511-Lightning",
+        "Qwen-Image-Edit-2511-Lightning-4steps-V1.0-bf16.safetensors",
+    ),
+}
+
+
+class _PictureProcessor(Qwen2VLProcessor):
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        # The base class takes the components from the signature above: two of them, the third is never asked for.
+        super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
+
+
+# A saved pipeline names its components' classes: this one is loadable wherever transformers is.
+_PictureProcessor.__name__ = _PictureProcessor.__qualname__ = Qwen2VLProcessor.__name__
+_PictureProcessor.__module__ = Qwen2VLProcessor.__module__
+
+
+def picture_processor(model: str | Path, **hub_options) -> Qwen2VLProcessor:
+    """The `processor` component of a diffusers folder or hub id, without its video half; needs no torchvision."""
+    return _PictureProcessor.from_pretrained(str(model), subfolder="processor", **hub_options)
+
+
+def find_lora(name: str, edition: str) -> tuple[str, str | None, bool]:
+    """Where a LoRA lies: (folder or hub id, file in it or None, whether it is a Lightning LoRA).
+
+    `name` is "lightning-4" or "lightning-8" (for `edition`, "2509" or "2511"), the path of a file, a hub id, or a hub
+    id followed by a file's path in it. Nothing is downloaded here. Raises EditError.
+    """
+    known = sorted({known for _, known in LIGHTNING_FILES})
+    if name in known:
+        if (edition, name) not in LIGHTNING_FILES:
+            allowed = ", ".join(n for e, n in LIGHTNING_FILES if e == edition) or "none"
+            raise EditError(f'There is no LoRA "{name}" for this model ({edition}). Known for it: {allowed}.')
+        return *LIGHTNING_FILES[edition, name], True
+    path, lightning = Path(name).expanduser(), "lightning" in Path(name).name.lower()
+    if path.is_file():
+        return str(path.parent), path.name, lightning
+    parts = name.split("/")
+    if len(parts) >= 3 and parts[-1].endswith(".safetensors") and not path.is_absolute():
+        return "/".join(parts[:2]), "/".join(parts[2:]), lightning
+    if len(parts) == 2 and all(parts) and not name.endswith(".safetensors"):
+        return name, None, lightning
+    raise EditError(
+        f'The LoRA "{name}" was not found. Allowed: {", ".join(known)}, the path of a .safetensors file, '
+        "a hub id (owner/name), or owner/name/file.safetensors."
+    )
+
+
+def add_lora(pipeline, name: str, edition: str, weight: float) -> bool:
+    """Fuses the LoRA `name` (see `find_lora`) into the transformer and says whether it is a Lightning one.
+
+    W + weight * (alpha / rank) * B @ A, for every key style that diffusers reads. Raises EditError for a weight that is
+    no number and for a file that does not fit the model.
+    """
+    folder, file, lightning = find_lora(name, edition)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise EditError(f"The LoRA weight is {weight!r}. Allowed: a finite number; 1 is the LoRA as trained.")
+    where = f"{folder}/{file}" if file else folder
+    try:
+        pipeline.load_lora_weights(folder, weight_name=file, adapter_name="fused")
+        if not pipeline.get_list_adapters():  # diffusers only warns when no key belongs to the transformer
+            raise ValueError("none of its keys belongs to the transformer")
+        pipeline.fuse_lora(components=["transformer"], lora_scale=float(weight))
+    except Exception as error:  # diffusers, peft, safetensors and the hub each have their own
+        raise EditError(f'The LoRA "{where}" cannot be used with this model: {error}') from error
+    finally:
+        pipeline.unload_lora_weights()
+    return lightning
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """`device` as torch knows it. Raises EditError if there is no such device here."""
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise EditError(f'The device "{device}" is not known to torch: {error}') from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        reason = f"torch {torch.__version__} sees no CUDA GPU"
+        raise EditError(f'The device is "{device}", but {reason}. Allowed here: "cpu".')
+    return device
+
+
+def lightning_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler that Lightning LoRAs were distilled on."""
+    return FlowMatchEulerDiscreteScheduler.from_config(LIGHTNING_SCHEDULER)
+
+
+def is_lightning(scheduler) -> bool:
+    """Whether `scheduler` gives Lightning's noise levels, whoever put it there."""
+    decisive = ("use_dynamic_shifting", "base_shift", "max_shift", "shift_terminal", "time_shift_type")
+    return all(scheduler.config.get(name) == LIGHTNING_SCHEDULER[name] for name in decisive)

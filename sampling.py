@@ -1,0 +1,85 @@
+"""The flow-matching sampler as functions on tensors: schedule, step, guidance. flux/sampling.py is the model for it.
+
+The numbers are those of diffusers' FlowMatchEulerDiscreteScheduler, whose config they read. Its object is not driven
+through the loop, for two reasons: it keeps a step index between calls, which two interleaved pictures would share, and
+its schedule of one step is [nan, 0] with the base model's settings (see `noise_levels`).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_shift
+from diffusers.utils.torch_utils import randn_tensor
+
+from images import EditError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """sigmas float32 (steps + 1,), from 1 down to 0; timesteps float32 (steps,); made for one output size in pixels."""
+
+    sigmas: torch.Tensor
+    timesteps: torch.Tensor
+    width: int
+    height: int
+
+
+def noise_levels(scheduler, levels: np.ndarray, image_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`scheduler.set_timesteps(sigmas=levels)`, operation by operation, without its 0/0: (sigmas, timesteps).
+
+    With `shift_terminal` the scheduler stretches the levels so that the last one lands there, by the factor
+    (1 - last) / (1 - terminal). One step has one level, the first: 1. The factor is 0, the stretched level 0/0 = nan,
+    and the picture is black: this, not the model, is why one step was called numerically unstable. A level of 1 is
+    pure noise and has nowhere to be stretched to; it stays.
+    """
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise EditError(f"The scheduler is a {type(scheduler).__name__}. Allowed: FlowMatchEulerDiscreteScheduler.")
+    config = scheduler.config
+    sigmas = levels.astype(np.float32)
+    if config.use_dynamic_shifting:
+        mu = calculate_shift(
+            image_tokens,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        sigmas = scheduler.time_shift(mu, 1.0, sigmas)
+    else:
+        sigmas = scheduler.shift * sigmas / (1 + (scheduler.shift - 1) * sigmas)
+    if config.shift_terminal and sigmas[-1] < 1.0:
+        sigmas = scheduler.stretch_shift_to_terminal(sigmas)
+    if config.use_karras_sigmas:
+        sigmas = scheduler._convert_to_karras(in_sigmas=sigmas, num_inference_steps=len(sigmas))
+    elif config.use_exponential_sigmas:
+        sigmas = scheduler._convert_to_exponential(in_sigmas=sigmas, num_inference_steps=len(sigmas))
+    elif config.use_beta_sigmas:
+        sigmas = scheduler._convert_to_beta(in_sigmas=sigmas, num_inference_steps=len(sigmas))
+    sigmas = torch.from_numpy(np.asarray(sigmas)).to(torch.float32)
+    if config.invert_sigmas:
+        sigmas = 1.0 - sigmas
+    if not sigmas.isfinite().all():
+        raise EditError(f"The scheduler's settings give the sigmas {sigmas.tolist()}. They must be finite numbers.")
+    end = torch.full((1,), 1.0 if config.invert_sigmas else 0.0)
+    return torch.cat([sigmas, end]), sigmas * config.num_train_timesteps
+
+
+def euler_step(
+    latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, next_sigma: torch.Tensor, stochastic: bool
+) -> torch.Tensor:
+    """One step from `sigma` to `next_sigma` (0-dim float32, on the device): in float32, back in the model's dtype."""
+    sample = latents.float()
+    if stochastic:
+        noise = randn_tensor(sample.shape, device=sample.device, dtype=sample.dtype)
+        return ((1.0 - next_sigma) * (sample - sigma * velocity) + next_sigma * noise).to(velocity.dtype)
+    return (sample + (next_sigma - sigma) * velocity).to(velocity.dtype)
+
+
+def true_cfg(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
+    """Qwen's true CFG: the guided prediction, brought back to the length of the unguided one, token by token."""
+    guided = negative + scale * (positive - negative)
+    length = torch.norm(guided, dim=-1, keepdim=True)
+    length = length.clamp_min(torch.finfo(length.dtype).tiny)  # a prediction of zeros stays zeros
+    return guided * (torch.norm(positive, dim=-1, keepdim=True) / length)
