@@ -1,0 +1,578 @@
+"""The HTTP side's claims, over real sockets of a real uvicorn. The engine is the real one; its pipeline is a stub that
+the test can hold, except where pictures are judged. Nothing sleeps: every wait is on a condition with a time limit."""
+
+import asyncio
+import base64
+import io
+import json
+import struct
+import threading
+from contextlib import contextmanager, suppress
+
+import httpx
+import numpy as np
+import pytest
+import torch
+import uvicorn
+import websockets.exceptions
+from PIL import Image
+from starlette.applications import Starlette
+from websockets.sync.client import connect
+
+from images import EditError, encode_png, open_image
+from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
+from server import MAX_BODY_BYTES, EngineHolder, create_routes, output_size, parse_edit, plain, read_json
+
+PATIENCE_S = 20  # no claim: only how long a broken server may hang before the test fails
+
+
+class StubPipeline:
+    """The five steps without a model: "negative" inverts the first picture, other prompts return it."""
+
+    default_size = 64
+    device = torch.device("cpu")
+    description = {"model": "stub", "device": "cpu"}  # noqa: RUF012
+
+    def __init__(self):
+        self.started = threading.Semaphore(0)  # one release for each frame that reached its denoise
+        self.gate = threading.Event()
+        self.gate.set()
+        self.references = []
+
+    def await_start(self):
+        assert self.started.acquire(timeout=PATIENCE_S), "no frame reached its denoise"
+
+    def enable_fast_path(self):
+        return []
+
+    def cache_summary(self):
+        return {}
+
+    def clear_caches(self):
+        pass
+
+    def open_references(self, images):
+        return images
+
+    def schedule(self, steps, width, height):
+        return steps
+
+    def initial_noise(self, width, height, seed):
+        return None
+
+    def encode_prompt(self, prompt, images=None):
+        return prompt, None
+
+    def encode_references(self, images, *, area, width, height):
+        self.references.append(images)
+        return images
+
+    def denoise(self, latents, references, prompt, mask, steps, *, on_step, **options):
+        self.started.release()
+        assert self.gate.wait(PATIENCE_S), "the test never opened the gate"
+        for step in range(steps):
+            on_step(step, steps)
+        picture = 255 - references[0] if prompt == "negative" else references[0]
+        return torch.from_numpy(picture.astype(np.float32))
+
+    def decode(self, latents, width, height):
+        return latents[None].to(torch.uint8)
+
+
+@contextmanager
+def serving(holder: EngineHolder, auth=None):
+    """A uvicorn on a free port in a thread; yields its address without the scheme."""
+    app = Starlette(routes=create_routes(holder, auth))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
+    ready = threading.Event()
+    startup = server.startup
+
+    async def startup_and_tell(*args, **kwargs):
+        await startup(*args, **kwargs)
+        ready.set()
+
+    server.startup = startup_and_tell
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        assert ready.wait(PATIENCE_S), "uvicorn did not start"
+        yield f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def stub():
+    return StubPipeline()
+
+
+@pytest.fixture
+def engine(stub):
+    with RealtimeEngine(stub, EngineConfig(max_sessions=2)) as engine:
+        yield engine
+        stub.gate.set()
+
+
+@pytest.fixture
+def address(engine):
+    with serving(EngineHolder(engine, {"model": "stub", "reason": "a test"})) as address:
+        yield address
+
+
+def grey(value=128, width=64, height=64) -> np.ndarray:
+    return np.full((height, width, 3), value, np.uint8)
+
+
+def b64(picture) -> str:
+    return base64.b64encode(picture if isinstance(picture, bytes) else encode_png(picture)).decode()
+
+
+def post(address, body, **options):
+    if "content" not in options:
+        options["json"] = body
+    return httpx.post(f"http://{address}/edit", timeout=PATIENCE_S, **options)
+
+
+class Browser:
+    """The other side of the live socket, as webui/live.js speaks it."""
+
+    def __init__(self, address, **options):
+        self._connection = connect(f"ws://{address}/live", **options)
+        self.socket = self._connection.__enter__()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.socket.close()
+
+    def params(self, **fields):
+        self.socket.send(json.dumps({"type": "params", **fields}))
+        return self.until("params")
+
+    def frame(self, number, picture):
+        self.socket.send(struct.pack("<I", number) + encode_png(picture))
+
+    def receive(self):
+        """A text message as its dict; a picture as {"type": "picture", "number", "meta", "image"}."""
+        data = self.socket.recv(timeout=PATIENCE_S)
+        if isinstance(data, str):
+            return json.loads(data)
+        number, length = struct.unpack_from("<II", data)
+        meta = json.loads(data[8 : 8 + length])
+        return {"type": "picture", "number": number, "meta": meta, "image": open_image(data[8 + length :])}
+
+    def until(self, kind, **fields):
+        while True:
+            message = self.receive()
+            if message["type"] == kind and fields.items() <= message.items():
+                return message
+            assert message["type"] != "error" or kind == "error", message
+
+
+def wait_until(condition, what):
+    """Polls; the engine has no hook for every state, and a second thread is under way."""
+    event = threading.Event()
+    for _ in range(int(PATIENCE_S / 0.02)):
+        if condition():
+            return
+        event.wait(0.02)
+    raise AssertionError(f"never came true: {what}")
+
+
+# The helpers
+
+
+@pytest.mark.parametrize("width, height", [(1920, 1080), (1080, 1920), (640, 480), (1000, 1000), (37, 41), (5000, 25)])
+@pytest.mark.parametrize("side", [128, 256, 512])
+def test_output_size_keeps_shape_and_area_in_multiples_of_16(width, height, side):
+    w, h = output_size(width, height, side)
+    assert w % 16 == 0 and h % 16 == 0 and min(w, h) >= 64 and max(w, h) <= 2048
+    if max(width, height) < 3 * min(width, height):
+        assert abs(np.log((w / h) / (width / height))) < 0.08, (w, h)  # 16 pixels in 256 are 6 %, halved by choice
+        assert 0.85 < w * h / side**2 < 1.15, (w, h)
+    EditParams(prompt="x", width=w, height=h)
+
+
+def test_a_square_picture_gets_exactly_the_side_asked_for():
+    assert output_size(777, 777, 256) == (256, 256)
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "[1]", '"text"', '{"a": NaN}', '{"a": -Infinity}', "[" * 100_000,
+                                  '{"a": "\\ud800"}', b"\xff\xfe{"])  # fmt: skip
+def test_what_is_no_json_object_is_an_edit_error(text):
+    with pytest.raises(EditError):
+        read_json(text)
+
+
+def test_plain_makes_json_of_anything():
+    value = {1: np.float32(2.0), "nan": float("nan"), "tuple": (1, None, True), "dtype": torch.float32}
+    assert json.dumps(plain(value)) == '{"1": 2.0, "nan": null, "tuple": [1, null, true], "dtype": "torch.float32"}'
+
+
+# GET /health
+
+
+def test_health_says_how_far_loading_is_then_what_runs():
+    holder = EngineHolder(choice={"model": "stub", "reason": "a test"})
+    with serving(holder) as address:
+        holder.progress("Reading", 0.4)
+        health = httpx.get(f"http://{address}/health").json()
+        assert (health["state"], health["text"], health["fraction"]) == ("loading", "Reading", 0.4)
+        with RealtimeEngine(StubPipeline()) as engine:
+            holder.ready(engine)
+            health = httpx.get(f"http://{address}/health").json()
+        assert health["state"] == "ready" and health["default_size"] == 64 and health["choice"]["reason"] == "a test"
+        assert health["description"]["model"] == "stub" and health["stats"]["sessions"] == 0
+        holder.fail("no such folder")
+        health = httpx.get(f"http://{address}/health").json()
+        assert (health["state"], health["text"]) == ("failed", "no such folder")
+
+
+# POST /edit
+
+
+def test_edit_answers_the_edited_picture_at_its_own_shape(address, photo):
+    picture = photo(96, 64)
+    answer = post(address, {"image": b64(picture), "prompt": "negative", "seed": 7}).json()
+    image = open_image(base64.b64decode(answer["image"]))
+    width, height = output_size(96, 64, 64)
+    assert image.shape == (height, width, 3) and (answer["width"], answer["height"], answer["seed"]) == (
+        width,
+        height,
+        7,
+    )
+    assert set(answer["stages_ms"]) >= {"encode_prompt", "denoise", "decode", "total"}
+
+
+def test_edit_is_exact_as_png_and_smaller_as_jpeg_and_takes_a_data_url(address, photo):
+    picture = photo(64, 64)
+    body = {"image": "data:image/png;base64," + b64(picture), "prompt": "negative"}
+    assert np.array_equal(open_image(base64.b64decode(post(address, body).json()["image"])), 255 - picture)
+    jpeg = base64.b64decode(post(address, body | {"format": "jpeg"}).json()["image"])
+    assert Image.open(io.BytesIO(jpeg)).format == "JPEG"
+
+
+def test_pictures_wait_for_the_model_at_the_outputs_size(photo):
+    body = {"image": b64(photo(640, 320)), "ref_image": b64(photo(100, 300)), "prompt": "x"}
+    images, params, _ = parse_edit(json.dumps(body).encode(), 64)
+    assert [image.shape for image in images] == [(params.height, params.width, 3)] * 2
+    images, _, _ = parse_edit(json.dumps(body | {"reference_area": "stock"}).encode(), 64)
+    assert [image.shape for image in images] == [(320, 640, 3), (300, 100, 3)]
+
+
+@pytest.mark.parametrize(
+    "extra, mode, value",
+    [({}, "references", 200), ({"blend_ratio": 0.25}, "blend", 175), ({"mode": "references"}, "references", 200)],
+)
+def test_a_second_picture_is_blended_if_a_ratio_is_given_and_a_reference_if_not(address, stub, extra, mode, value):
+    body = {"image": b64(grey(200)), "ref_image": b64(grey(100)), "prompt": "keep", **extra}
+    answer = post(address, body)
+    assert answer.status_code == 200, answer.text
+    assert len(stub.references[-1]) == (1 if mode == "blend" else 2)
+    assert int(stub.references[-1][0][0, 0, 0]) == value
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"image": None}, "base64"),
+        ({"image": "%%%"}, "base64"),
+        ({"image": b64(b"no picture")}, "not a picture"),
+        ({"image": ""}, "empty"),
+        ({"image": b64(encode_png(grey(1))[:60])}, "picture"),
+        ({"prompt": "  "}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": "x" * 2001}, "2000"),
+        ({"steps": 9}, "1 to 8"),
+        ({"steps": True}, "1 to 8"),
+        ({"width": 65}, "multiple of 16"),
+        ({"width": 100_000}, "2048"),
+        ({"blend_ratio": 1.5}, "0.0 to 1.0"),
+        ({"fit": "stretch"}, "crop, pad"),
+        ({"format": "gif"}, "png"),
+        ({"mode": "blend"}, "second picture"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_bad_input_is_a_400_that_says_what_is_allowed_and_the_next_edit_works(address, changes, says):
+    good = {"image": b64(grey()), "prompt": "negative"}
+    answer = post(address, good | changes)
+    assert answer.status_code == 400 and says in answer.json()["error"], answer.text
+    assert post(address, good).status_code == 200
+
+
+@pytest.mark.parametrize("missing", ["image", "prompt"])
+def test_a_missing_field_is_named(address, missing):
+    body = {"image": b64(grey()), "prompt": "negative"}
+    del body[missing]
+    answer = post(address, body)
+    assert answer.status_code == 400 and f'"{missing}" is missing' in answer.json()["error"]
+
+
+def test_a_body_that_is_too_large_or_no_json_is_refused(address):
+    headers = {"content-type": "application/json"}
+    assert post(address, None, content=b"x" * 100, headers={"content-type": "text/plain"}).status_code == 415
+    assert post(address, None, content=b"{", headers=headers).status_code == 400
+    blocks = (b" " * 2**20 for _ in range(MAX_BODY_BYTES // 2**20 + 1))
+    with suppress(httpx.WriteError):  # refused while still being sent, which is as good
+        assert post(address, None, content=blocks, headers=headers).status_code == 413
+    assert httpx.get(f"http://{address}/edit").status_code == 405
+
+
+def test_while_loading_edit_is_503_with_retry_after_and_when_failed_says_why():
+    holder = EngineHolder()
+    with serving(holder) as address:
+        answer = post(address, {})
+        assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0 and "loading" in answer.text
+        holder.fail("no such folder")
+        answer = post(address, {})
+        assert answer.status_code == 503 and "no such folder" in answer.text
+
+
+def test_when_all_places_are_taken_edit_is_503_with_retry_after(address, engine):
+    with engine.open_session(), engine.open_session():
+        answer = post(address, {"image": b64(grey()), "prompt": "negative"})
+    assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
+
+
+def test_a_caller_who_hangs_up_frees_the_place(address, engine, stub):
+    stub.gate.clear()
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"http://{address}/edit",
+            json={"image": b64(grey()), "prompt": "negative"},
+            timeout=httpx.Timeout(PATIENCE_S, read=0.3),
+        )
+    wait_until(lambda: engine.stats().sessions == 0, "the session is closed")
+
+
+# WS /live
+
+
+def test_live_acknowledges_on_receipt_and_answers_with_the_frame_number(address, photo):
+    picture = photo(64, 64)
+    with Browser(address) as browser:
+        assert browser.until("status")["state"] == "ready"
+        browser.params(prompt="negative")
+        browser.frame(4_000_000_000, picture)
+        assert browser.until("ack")["number"] == 4_000_000_000
+        result = browser.until("picture")
+    assert result["number"] == 4_000_000_000
+    error = np.abs(result["image"].astype(int) - (255 - picture)).mean()
+    assert error < 8, error  # JPEG at quality 85 of a noisy picture
+    meta = result["meta"]
+    assert (meta["width"], meta["height"], meta["prompt"], meta["steps"]) == (64, 64, "negative", 2)
+    assert {"stages_ms", "age_ms", "fps", "dropped", "seed"} <= meta.keys() and meta["stages_ms"]["total"] > 0
+
+
+def test_newest_wins_the_frames_between_are_acknowledged_and_dropped(address, stub):
+    with Browser(address) as browser:
+        browser.params(prompt="keep")
+        stub.gate.clear()
+        browser.frame(1, grey(10))
+        browser.until("ack", number=1)
+        stub.await_start()  # frame 1 is in the model: those that come now wait
+        for number in range(2, 7):
+            browser.frame(number, grey(10 * number))
+            browser.until("ack", number=number)
+        stub.gate.set()
+        assert browser.until("picture")["number"] == 1
+        numbers = [browser.until("picture")]
+        while numbers[-1]["number"] != 6:  # how many of 2-5 were replaced depends on the threads, that 6 comes does not
+            numbers.append(browser.until("picture"))
+    assert len(numbers) <= 2, [result["number"] for result in numbers]
+    assert abs(int(numbers[-1]["image"][0, 0, 0]) - 60) < 4
+    assert numbers[-1]["meta"]["dropped"] >= 3
+
+
+def test_a_new_prompt_reaches_the_next_frame_and_other_settings_stay(address):
+    with Browser(address) as browser:
+        browser.params(prompt="keep", width=96, height=64, seed=3)
+        browser.frame(1, grey(10))
+        assert browser.until("picture")["meta"]["prompt"] == "keep"
+        browser.params(prompt="negative")
+        browser.frame(2, grey(10))
+        result = browser.until("picture")
+    assert result["meta"]["prompt"] == "negative" and result["image"].shape == (64, 96, 3)
+    assert result["meta"]["seed"] == 3 and abs(int(result["image"][0, 0, 0]) - 245) < 4
+
+
+def test_a_frame_before_any_prompt_is_edited_when_the_prompt_comes(address):
+    with Browser(address) as browser:
+        browser.frame(1, grey(10))
+        browser.until("ack")
+        browser.params(prompt="negative")
+        assert browser.until("picture")["number"] == 1
+
+
+@pytest.mark.parametrize(
+    "message, says",
+    [
+        ("nonsense", "JSON"),
+        (json.dumps({"type": "jump"}), "jump"),
+        (json.dumps({"type": "params", "prompt": ""}), "prompt"),
+        (json.dumps({"type": "params", "prompt": "x", "colour": 1}), "colour"),
+        (json.dumps({"type": "params", "prompt": "x", "steps": 0}), "1 to 8"),
+        (json.dumps({"type": "params", "prompt": "x", "mode": "blend"}), "one picture"),
+        ("x" * 70_000, "characters"),
+        (b"", "bytes"),
+        (b"\x01\x00\x00\x00", "bytes"),
+        (b"\x01\x00\x00\x00" + b"x" * (4 * 2**20), "bytes"),
+        (b"\x01\x00\x00\x00no picture", "not a picture"),
+    ],
+)
+def test_a_bad_message_is_answered_with_an_error_and_the_stream_goes_on(address, message, says):
+    with Browser(address) as browser:
+        browser.params(prompt="negative")
+        browser.socket.send(message)
+        assert says in browser.until("error")["message"]
+        browser.frame(2, grey(10))
+        result = browser.until("picture")
+    assert result["number"] == 2 and result["meta"]["prompt"] == "negative"
+
+
+def test_stop_frees_the_session_sends_no_more_and_a_new_frame_starts_again(address, engine, stub):
+    with Browser(address) as browser:
+        browser.params(prompt="negative")
+        stub.gate.clear()
+        browser.frame(1, grey(10))
+        stub.await_start()
+        browser.socket.send(json.dumps({"type": "stop"}))
+        wait_until(lambda: engine.stats().sessions == 0, "the session is closed")
+        stub.gate.set()
+        browser.frame(2, grey(10))
+        assert browser.until("picture")["number"] == 2  # and not the picture of frame 1
+
+
+@pytest.mark.parametrize("how", ["close", "cut"])
+def test_a_browser_that_leaves_frees_its_session_while_its_frame_is_in_the_model(address, engine, stub, how):
+    browser = Browser(address)
+    browser.params(prompt="negative")
+    stub.gate.clear()
+    browser.frame(1, grey(10))
+    stub.await_start()
+    assert engine.stats().sessions == 1
+    if how == "close":
+        browser.socket.close()
+    else:
+        browser.socket.socket.shutdown(2)  # a killed process: no closing handshake
+    wait_until(lambda: engine.stats().sessions == 0, "the session is closed")
+
+
+def test_a_third_browser_hears_that_all_places_are_taken_and_gets_the_one_that_frees(address, engine):
+    with Browser(address) as first, Browser(address) as second, Browser(address) as third:
+        for browser in (first, second):
+            browser.params(prompt="negative")
+            browser.frame(1, grey(10))
+            browser.until("picture")
+        third.params(prompt="negative")
+        third.frame(1, grey(10))
+        assert "2" in third.until("status", state="busy")["text"]
+        first.socket.close()
+        assert third.until("picture")["number"] == 1
+
+
+def test_two_browsers_never_see_each_others_pictures(address):
+    with Browser(address) as dark, Browser(address) as light:
+        dark.params(prompt="keep")
+        light.params(prompt="keep")
+        for number in range(1, 11):
+            dark.frame(number, grey(20))
+            light.frame(number, grey(220))
+            assert abs(int(dark.until("picture")["image"].mean()) - 20) < 4
+            assert abs(int(light.until("picture")["image"].mean()) - 220) < 4
+
+
+def test_the_socket_tells_how_loading_goes_and_edits_the_waiting_frame_when_it_is_done():
+    holder = EngineHolder()
+    with serving(holder) as address, Browser(address) as browser, RealtimeEngine(StubPipeline()) as engine:
+        assert browser.until("status")["state"] == "loading"
+        browser.params(prompt="negative")
+        browser.frame(1, grey(10))
+        holder.progress("Reading", 0.5)
+        assert browser.until("status", text="Reading")["fraction"] == 0.5
+        holder.ready(engine)
+        assert browser.until("status", state="ready")["default_size"] == 64
+        assert browser.until("picture")["number"] == 1
+
+
+def test_an_idle_session_is_freed_by_the_engine_and_the_next_frame_opens_another(stub):
+    engine = RealtimeEngine(stub, EngineConfig(idle_timeout_s=0.2))
+    with engine, serving(EngineHolder(engine)) as address, Browser(address) as browser:
+        browser.params(prompt="negative")
+        browser.frame(1, grey(10))
+        browser.until("picture")
+        wait_until(lambda: engine.stats().sessions == 0, "the session has timed out")
+        browser.frame(2, grey(10))
+        assert browser.until("picture")["number"] == 2
+
+
+# Who may come in
+
+
+def refused(address, **options) -> int:
+    with pytest.raises(websockets.exceptions.InvalidStatus) as error, connect(f"ws://{address}/live", **options):
+        pass
+    return error.value.response.status_code
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://[", "http://localhost:1", ""])
+def test_a_page_of_another_origin_is_refused(address, origin):
+    assert refused(address, origin=origin) == 403
+    answer = post(address, {"image": b64(grey()), "prompt": "negative"}, headers={"origin": origin})
+    assert answer.status_code == 403
+
+
+def test_the_own_origin_and_the_one_a_proxy_names_are_let_in(address):
+    with Browser(address, origin=f"http://{address}") as browser:
+        assert browser.until("status")["state"] == "ready"
+    headers = {"x-forwarded-host": "editor.example"}
+    with Browser(address, origin="https://editor.example", additional_headers=headers) as browser:
+        assert browser.until("status")["state"] == "ready"
+
+
+def test_auth_guards_every_route_and_takes_basic_credentials(engine):
+    with serving(EngineHolder(engine), auth=("ann", "s3cret:ü")) as address:
+        body = {"image": b64(grey()), "prompt": "negative"}
+        good = {"authorization": "Basic " + base64.b64encode("ann:s3cret:ü".encode()).decode()}
+        wrong = {"authorization": "Basic " + base64.b64encode(b"ann:guess").decode()}
+        for headers in ({}, wrong, {"authorization": "Basic %%"}, {"cookie": "access-token-None=x"}):
+            assert httpx.get(f"http://{address}/health", headers=headers).status_code == 401
+            answer = post(address, body, headers=headers)
+            assert answer.status_code == 401 and "basic" in answer.headers["www-authenticate"].lower()
+            assert refused(address, additional_headers=headers) == 403
+        assert httpx.get(f"http://{address}/health", headers=good).status_code == 200
+        assert post(address, body, headers=good).status_code == 200
+        with Browser(address, additional_headers=good) as browser:
+            assert browser.until("status")["state"] == "ready"
+
+
+def test_the_login_cookie_of_the_page_opens_the_routes(engine):
+    app = Starlette(routes=create_routes(EngineHolder(engine), ("ann", "s3cret")))
+    app.tokens, app.cookie_id = {"token-1": "ann"}, "abc"  # as gradio.routes.App keeps its logins
+
+    async def statuses():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return [
+                (await client.get("/health", headers={"cookie": f"access-token-unsecure-abc={token}"})).status_code
+                for token in ("token-1", "token-2", "")
+            ]
+
+    assert asyncio.run(statuses()) == [200, 401, 401]
+
+
+# On the embedded model
+
+
+def test_edit_on_the_embedded_model_equals_the_engine(pocket, photo):
+    picture = photo(160, 128)
+    with RealtimeEngine(pocket) as engine, serving(EngineHolder(engine)) as address:
+        body = {"image": b64(picture), "prompt": "make it black and white", "width": 128, "height": 128, "seed": 5}
+        answer = post(address, body)
+        assert answer.status_code == 200, answer.text
+        image = open_image(base64.b64decode(answer.json()["image"]))
+        params = EditParams(prompt="make it black and white", width=128, height=128, seed=5)
+        assert np.array_equal(image, engine.edit([picture], params).image)
