@@ -118,13 +118,14 @@ def report(pipeline, folder: Path, steps: int) -> tuple[dict, dict, dict]:
     photos = held_out_pictures(folder, 256)
     rows, outputs = evaluate(pipeline, photos, 256, steps)
     families = list(dict.fromkeys(e.family for e in EDITS))
+    origin = {entry["file"]: entry["name"] for entry in json.loads((folder / "sources.json").read_text())}
+    reconstruction = {origin[n]: round(psnr(reconstruct(pipeline, p), tensor(p)), 2) for n, p in photos.items()}
     result = {
         "steps": steps,
         "size": 256,
-        "photos": list(photos),
-        "vae_photo_psnr_db": round(
-            float(np.mean([psnr(reconstruct(pipeline, p), tensor(p)) for p in photos.values()])), 2
-        ),
+        "photos": [origin[name] for name in photos],
+        "vae_photo_psnr_db": round(float(np.mean(list(reconstruction.values()))), 2),
+        "vae_photos_psnr_db": reconstruction,
         "one_picture": summary([r for r in rows if r["pictures"] == 1]),
         "two_pictures": summary([r for r in rows if r["pictures"] == 2]),
         "families": {f: summary([r for r in rows if r["family"] == f]) for f in families},

@@ -172,24 +172,29 @@ _atlases: dict = {}
 
 
 def _atlas(photos: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
-    """All photos in one padded tensor at full and half scale (float16), sizes (N, 2) as (height, width), and how often
-    to draw each (N,): in proportion to its fine detail, or the many gradients of wallpapers would outweigh photographs."""
+    """All photos in one padded tensor at full, half and quarter scale (float16), sizes (N, 2) as (height, width), and how
+    often to draw each (N,): in proportion to its fine detail, or the gradients of wallpapers would outweigh photographs."""
     key = tuple(p.data_ptr() for p in photos)
     if key not in _atlases:
         _atlases.clear()
         sizes = torch.tensor([p.shape[1:] for p in photos], device=photos[0].device)
-        tall, wide = (int(v) + int(v) % 2 for v in sizes.max(0).values)
+        tall, wide = (-(-int(v) // 4) * 4 for v in sizes.max(0).values)
         full = torch.zeros(len(photos), 3, tall, wide, dtype=torch.float16, device=photos[0].device)
         for i, photo in enumerate(photos):
             full[i, :, : photo.shape[1], : photo.shape[2]] = photo.half() / 255
-        half = F.avg_pool2d(full.float(), 2).half()
+        half, quarter = (F.avg_pool2d(full.float(), n).half() for n in (2, 4))
         detail = torch.stack([p.float().diff(dim=2).abs().mean() + p.float().diff(dim=1).abs().mean() for p in photos])
-        _atlases[key] = [full, half], sizes, (detail / detail.median()).clamp(0.3, 3.0)
+        _atlases[key] = [full, half, quarter], sizes, (detail / detail.median()).clamp(0.3, 3.0)
     return _atlases[key]
 
 
-def random_crops(photos: list[Tensor], batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """(B, 3, H, W) in [0, 1]: random photo, place, zoom (the whole short side down to a third of it), flip and colours."""
+def random_crops(
+    photos: list[Tensor], batch: int, height: int, width: int, generator: torch.Generator, smallest: float = 1 / 3
+) -> Tensor:
+    """(B, 3, H, W) in [0, 1]: random photo, place, zoom, flip and colours.
+
+    A crop spans the whole short side of its photo, or down to `smallest` of it: at 1 it is as dense as a photo in use.
+    """
     levels, sizes, weights = _atlas(photos)
     device = sizes.device
 
@@ -199,7 +204,7 @@ def random_crops(photos: list[Tensor], batch: int, height: int, width: int, gene
     pick = torch.multinomial(weights, batch, replacement=True, generator=generator)
     size = sizes[pick].float()  # (B, 2)
     fits = torch.minimum(size[:, 0] / height, size[:, 1] / width)  # source pixels for one output pixel, at most
-    scale = fits * torch.exp(uniform(float(np.log(1 / 3)), 0.0))
+    scale = fits * torch.exp(uniform(float(np.log(smallest)), 0.0))
     extent = torch.stack([scale * height, scale * width], 1)
     start = (size - extent) * uniform(0, 1, 2)
     rows = start[:, :1] + (torch.arange(height, device=device) + 0.5) * scale[:, None]
@@ -214,14 +219,13 @@ def random_crops(photos: list[Tensor], batch: int, height: int, width: int, gene
         ],
         -1,
     )
-    # Two sharpness levels stand in for antialiasing: at 256 from 768 the half-scale level is the right one.
-    coarse = scale > 1.5
+    # Sharpness levels stand in for antialiasing: each is sampled at steps of 0.75 to 1.5 of its own pixels.
     out = torch.empty(batch, 3, height, width, device=device)
-    for level, chosen in ((levels[0], ~coarse), (levels[1], coarse)):
-        index = chosen.nonzero()[:, 0]
+    octave = (scale / 1.5).log2().ceil().clamp(0, len(levels) - 1)
+    for n, level in enumerate(levels):
+        index = (octave == n).nonzero()[:, 0]
         if len(index):
-            sampled = F.grid_sample(level[pick[index]].float(), grid[index], mode="bilinear", align_corners=False)
-            out[index] = sampled
+            out[index] = F.grid_sample(level[pick[index]].float(), grid[index], mode="bilinear", align_corners=False)
     return _jitter(out, uniform)
 
 
