@@ -100,6 +100,7 @@ class Clock:
     def __init__(self, device: torch.device):
         self.device = device
         self.stages: dict[str, list[float]] = {}
+        self.denoise_flop = 0.0
 
     def now_ms(self) -> float:
         if self.device.type == "cuda":
@@ -133,8 +134,16 @@ def edit_ours(
         schedule = pipeline.schedule(steps, width, height)
         noise = pipeline.initial_noise(width, height, 0)
         latents = pipeline.denoise(noise, references, embeds, mask, schedule)
+    image_tokens = noise.shape[1] + references.latents.shape[1]
+    clock.denoise_flop = steps * transformer_flop(pipeline.transformer.config, image_tokens, embeds.shape[1])
     with clock.stage("decode"):
         return pipeline.decode(latents, width, height).cpu()
+
+
+def transformer_flop(config, image_tokens: int, text_tokens: int) -> float:
+    """Floating-point operations of one forward: 12 d^2 multiply-adds a token and block, and the joint attention."""
+    d, tokens = config.num_attention_heads * config.attention_head_dim, image_tokens + text_tokens
+    return config.num_layers * (24.0 * d * d * tokens + 4.0 * tokens * tokens * d)
 
 
 def edit_stock(pipeline, frames: list[np.ndarray], width: int, height: int, steps: int):
@@ -176,6 +185,7 @@ def measure(subjects: dict, case: dict, runs: int, warmup: int, device: torch.de
     for name, values in times.items():
         median = statistics.median(values)
         stock = name == "stock"
+        stages = {k: round(statistics.median(v), 2) for k, v in clocks[name].stages.items()}
         rows.append(
             {
                 "subject": name,
@@ -191,8 +201,8 @@ def measure(subjects: dict, case: dict, runs: int, warmup: int, device: torch.de
                 "p95_ms": round(float(np.percentile(values, 95)), 2),
                 "fps": round(1e3 / median, 2),
                 "peak_memory_gb": round(peaks[name], 2),
-                "stages_ms": {k: round(statistics.median(v), 2) for k, v in clocks[name].stages.items()},
-                "tflops": None,
+                "stages_ms": stages,
+                "tflops": round(clocks[name].denoise_flop / stages["denoise"] / 1e9, 2) if stages else None,
                 "runs": len(values),
             }
         )
