@@ -380,11 +380,12 @@ def test_newest_wins_the_frames_between_are_acknowledged_and_dropped(address, st
         stub.gate.set()
         assert browser.until("picture")["number"] == 1
         numbers = [browser.until("picture")]
-        while numbers[-1]["number"] != 6:  # how many of 2-5 were replaced depends on the threads, that 6 comes does not
+        while numbers[-1]["number"] != 6:
             numbers.append(browser.until("picture"))
-    assert len(numbers) <= 2, [result["number"] for result in numbers]
+    # Besides 6 itself, one may have been in the engine's mailbox already and one in the decoder.
+    assert len(numbers) <= 3, [result["number"] for result in numbers]
     assert abs(int(numbers[-1]["image"][0, 0, 0]) - 60) < 4
-    assert numbers[-1]["meta"]["dropped"] >= 3
+    assert numbers[-1]["meta"]["dropped"] >= 2
 
 
 def test_a_new_prompt_reaches_the_next_frame_and_other_settings_stay(address):

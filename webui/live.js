@@ -57,10 +57,11 @@ const put = (name, text) => { $(`.t-${name}`).textContent = text; };
 function tellTruth() {
   if (!run) return;
   const now = performance.now();
-  const seconds = Math.min(now - run.startedAt, WINDOW_MS) / 1000;
-  run.shown = run.shown.filter((frame) => now - frame.at < WINDOW_MS);
-  run.taken = run.taken.filter((at) => now - at < WINDOW_MS);
-  const rate = (list) => list.length / seconds;
+  const modelMs = run.meta?.stages_ms.total ?? 0;
+  const windowMs = Math.min(Math.max(WINDOW_MS, 4 * modelMs), now - run.startedAt); // a slow model's rate is not 0
+  run.shown = run.shown.filter((frame) => now - frame.at < windowMs);
+  run.taken = run.taken.filter((at) => now - at < windowMs);
+  const rate = (list) => list.length / (windowMs / 1000);
   put("fps", `${rate(run.shown).toFixed(1)} frames/s of ${rate(run.taken).toFixed(0)} from the camera`);
   const latencies = run.shown.map((frame) => frame.latency).filter((ms) => ms !== undefined);
   if (latencies.length) {
@@ -75,7 +76,7 @@ function tellTruth() {
     put("running", `${run.modelName}, ${meta.width}×${meta.height}, ${meta.steps} step${meta.steps > 1 ? "s" : ""}`);
   }
   const waited = (now - run.lastResultAt) / 1000;
-  if (root.dataset.state === "running" && waited > 3) {
+  if (root.dataset.state === "running" && waited > Math.max(3, 2 * modelMs / 1000)) {
     say(isHidden() ? "Paused while the view is hidden." : `The model is working: ${waited.toFixed(0)} s for this picture.`);
     run.said = "frame";
   }
@@ -115,7 +116,7 @@ function sendParams() {
   const text = prompt.value.trim();
   if (!text) {
     say("The prompt is empty. Say what to change, or choose a preset." +
-      (run.sentPrompt ? ` Until then: “${run.sentPrompt}”.` : ""));
+      (run.sentPrompt ? ` Until then: “${run.sentPrompt.slice(0, 100)}${run.sentPrompt.length > 100 ? "…" : ""}”.` : ""));
     run.said = "empty";
     if (!run.sentPrompt) return;
   } else if (run.said === "empty") unsay(run);
