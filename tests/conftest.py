@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the program does: threads that spin starve all else on 2 cores
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
