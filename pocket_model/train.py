@@ -14,8 +14,8 @@ How it learns:
   function of picture and instruction, so the step at s = 1 is a regression: half of the draws are at s = 1, the rest at
   Lightning's own sigmas and uniform. Towards the end a loss on the decoded pixels is added.
 - `pairs.py` makes the batches.
-- A head that training throws away names the edit from the text encoder's last token: without it the words take many
-  times longer to reach the picture.
+- A head that training throws away names the edit from the text encoder's last token: so the words are told
+  apart before the picture needs them.
 - Forward and backward run on 16-bit copies of the weights; float32 ones are stepped.
 """
 
