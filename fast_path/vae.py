@@ -1,17 +1,11 @@
-"""Exact accelerations of the loaded modules: the same numbers, less work.
+"""The single-frame VAE: Qwen's video codec as the 2-D network that it is for one picture.
 
-`apply(pipeline)` puts in what fits the loaded model and says, entry by entry, what it did and why; `remove(pipeline)`
-takes everything out again, so the stock path stays reachable for comparison. Nothing here approximates: what a test
-can tell apart from stock is rounding only.
-
-The single-frame VAE. Qwen's VAE is a video codec: every convolution is causal and three-dimensional, and a still
-picture is its first frame. For that frame every convolution sees two frames of zeros in the past, so of each kernel
-only the last temporal slice meets anything but zeros, and the temporal resampling layers do not run at all. What is
-left is an ordinary 2-D VAE with `weight[:, :, -1]`: a third of the multiplications, and kernels that libraries have
-tuned for years, in channels-last layout. It cannot code video; no module here asks for that.
+Every convolution of the VAE is causal and three-dimensional, and a still picture is a video's first frame. For that
+frame every convolution sees two frames of zeros in the past, so of each kernel only the last temporal slice meets
+anything but zeros, and the temporal resampling layers do not run at all. What is left is an ordinary 2-D VAE with
+`weight[:, :, -1]`: a third of the multiplications, and kernels that libraries have tuned for years, in channels-last
+layout. It cannot code video; no module here asks for that.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,32 +20,6 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
     QwenImageUpBlock,
 )
 from torch import nn
-
-
-class Applied(NamedTuple):
-    """One line of the report: what was tried, whether it is in use, and why (or why not)."""
-
-    name: str
-    applied: bool
-    reason: str
-
-
-def apply(pipeline) -> list[Applied]:
-    """Puts every acceleration in that fits `pipeline`; sets `pipeline.single_frame_vae`. Call after `.to(device)`."""
-    report = []
-    try:
-        if hasattr(pipeline.vae, "_hf_hook"):
-            raise TypeError("the VAE is offloaded: its copy would stay behind")
-        pipeline.single_frame_vae = single_frame_vae(pipeline.vae)
-        report.append(Applied("single_frame_vae", True, "2-D convolutions, channels last; the temporal past is zeros"))
-    except TypeError as error:
-        report.append(Applied("single_frame_vae", False, str(error)))
-    return report
-
-
-def remove(pipeline) -> None:
-    """Back to the stock modules."""
-    pipeline.single_frame_vae = None
 
 
 def single_frame_vae(vae: AutoencoderKLQwenImage) -> "SingleFrameVAE":

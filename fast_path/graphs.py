@@ -1,0 +1,83 @@
+"""CUDA graphs by shape: a function of tensors is recorded once for each kind of input and replayed ever after.
+
+At batch one the 20 B transformer launches its kernels more slowly than the GPU runs them: eager, a step at 256x256 and
+one at 512x512 take the same time. A replayed graph launches thousands of kernels with one call. The price is one
+recording for each new shape, some tens of milliseconds for what is written in few kernels: cheap enough to do when a
+shape first comes, so nothing is padded, bucketed or guessed ahead.
+
+Graphs are recorded and replayed on the engine's one inference thread; recording is thread-local, so that the page's
+threads may go on talking to the GPU. All recordings share one memory pool: their scratch space overlaps, which is safe
+because what a replay returns is copied out before the next one starts, on the same stream.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import torch
+
+
+class _Recorded(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[torch.Tensor, ...]
+    outputs: tuple[torch.Tensor, ...]
+    single: bool
+    function: Callable  # what it has captured by closure has to live as long as the graph reads it
+
+
+class Graphs:
+    """Recordings of functions, bounded, least recently used out first. On a CPU functions simply run."""
+
+    def __init__(self, max_entries: int = 16, enabled: bool = True):
+        self.max_entries, self.enabled = max_entries, enabled
+        self.recordings = 0  # how often something was recorded: a steady stream records nothing
+        self._entries: OrderedDict[Hashable, _Recorded] = OrderedDict()
+        self._pool = None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def run(self, key: Hashable, function: Callable, *inputs: torch.Tensor):
+        """`function(*inputs)`: a tensor or a tuple of tensors, the caller's own.
+
+        `key` names everything that the function depends on beside the inputs' shapes, dtypes and values. It must ask
+        the GPU nothing, copy nothing from the host, and read no other tensors than the inputs and what it owns. The
+        first call for a key runs it twice before recording: caches fill and kernels compile there.
+        """
+        if not self.enabled or not inputs[0].is_cuda:
+            return function(*inputs)
+        key = (key, *((tuple(t.shape), t.dtype, t.device) for t in inputs))
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries[key] = self._record(function, inputs)
+            if len(self._entries) > self.max_entries:
+                self._entries.popitem(last=False)
+        else:
+            self._entries.move_to_end(key)
+        for static, given in zip(entry.inputs, inputs, strict=True):
+            static.copy_(given)
+        entry.graph.replay()
+        outputs = tuple(t.clone() for t in entry.outputs)
+        return outputs[0] if entry.single else outputs
+
+    def clear(self) -> None:
+        """Forgets all recordings and frees their memory."""
+        self._entries.clear()
+        self._pool = None
+
+    def _record(self, function: Callable, inputs: tuple[torch.Tensor, ...]) -> _Recorded:
+        self.recordings += 1
+        static = tuple(t.clone() for t in inputs)
+        stream = torch.cuda.Stream(static[0].device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                function(*static)
+        torch.cuda.current_stream().wait_stream(stream)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            outputs = function(*static)
+        single = isinstance(outputs, torch.Tensor)
+        return _Recorded(graph, static, (outputs,) if single else tuple(outputs), single, function)
