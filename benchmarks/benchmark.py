@@ -1,225 +1,352 @@
-"""The one benchmark: edits the same pictures with stock diffusers and with ours, in one run, side by side.
+"""The one benchmark: edits new pictures with stock diffusers, with what others add to it, and with ours, in one run.
 
-    python -m benchmarks.benchmark --weights pocket --out benchmarks/results/pocket-cpu.json
-    python -m benchmarks.benchmark --weights random --out benchmarks/results/h200.json      # full size, needs 62 GB of GPU
-    python -m benchmarks.benchmark --tables                                                  # README tables from the files
+    python -m benchmarks.benchmark --weights random --suite goals --seconds 540 --out benchmarks/results/h200.json
+    python -m benchmarks.benchmark --weights pocket --sizes 256 --steps 1 2 --runs 5 --out benchmarks/results/cpu.json
+    python -m benchmarks.benchmark --tables           # the README's tables, from the files in benchmarks/results
 
-Subjects: `stock` is `QwenImageEditPlusPipeline.__call__` on the same modules; `plain` is our pipeline without
-accelerations; `fast` has the fast path on. Every run of a subject gets a picture it has never seen, and goes from a uint8
-picture on the CPU to a uint8 picture on the CPU. The subjects take turns, so that a machine's drift meets them alike.
+Weights are the pocket model, `random` (full size, built on the GPU: 62 GB), or a model's folder or id. Subjects:
+`stock` is `QwenImageEditPlusPipeline.__call__` on the same modules, `stock-compiled` the same with regional compile,
+`cache-dit` and `torchao` (compiled too) the same with those packages where they are installed and apply; `plain` is our
+pipeline without accelerations, `fast` with the fast path. A frame goes from uint8 pictures never seen before on the CPU
+to uint8 pictures on the CPU. Subjects that can stand beside each other on one set of modules take turns, frame by frame,
+so that a machine's drift meets them alike; the others follow in phases (see `subjects`), and what a large matrix product
+reaches is measured before each, so that drift between phases shows.
 
-`vlm`: `fresh` runs the text encoder on every picture, `cached` keeps the first picture's embeddings. Stock is always fresh.
-The file's form is the project's: {"device", "torch", "diffusers", "commit", "rows": [...]}; the last line printed is JSON.
+Cases are the product of the axes, or a suite of such products. `vlm`: `fresh` runs the text encoder on every picture,
+`cached` keeps the first picture's embeddings. Stock is always fresh, scales references to a megapixel, and takes no batches.
+
+The file: {"device", versions, "commit", "start", "ceiling_tflops", "fast_path", "phases", "rows", "left_out"}. A row has
+the case, then `median_ms` and `p95_ms` of `runs` frames, `fps` (pictures a second), `first_frame_s` (the first frame of
+the case, with compilation or recording, in no other figure), `peak_memory_gb` during the timed frames and
+`resident_memory_gb` before them, `stages_ms` (medians), `tokens`, `blocks_run` (below 1 where some are skipped), the
+denoising stage's `tflops`, and `ceiling_share`, their share of the phase's ceiling in bf16 (float32 on a CPU). It is
+written after every case, and is whole at any time. What was not measured is in `left_out`, with the reason. The last
+line printed is JSON. The exit status is 1 if a subject failed.
 """
 
 import argparse
+import gc
+import importlib.metadata
+import itertools
 import json
+import os
+
+# As the program does (see `webui_realtime`): the CPU's figures are those that a person gets. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
-from diffusers import QwenImageEditPlusPipeline
 
-import loading
-from cached_pipeline import CachedQwenImageEditPipeline, load_pipeline
+from benchmarks.instruments import Clock, Memory, ceiling_tflops, denoise_flop, pictures
+from benchmarks.subjects import PHASES, SUBJECTS, Case, LeftOutError, Models, Phase, Subject, as_run, random_pipeline
+from benchmarks.tables import ROOT, write_tables
+from cached_pipeline import load_pipeline
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-PROMPT = "make it a pencil sketch"
+__all__ = ["main", "pictures", "random_pipeline", "run"]
 
-
-def random_pipeline(device: str, dtype: torch.dtype) -> CachedQwenImageEditPipeline:
-    """Qwen-Image-Edit-2509's anatomy with random weights, built on the device (61 GB in bf16, some 20 s).
-
-    Speed does not depend on the values. The tokenizer is the pocket model's, which has the same 64-token system prefix.
-    """
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    processor = loading.picture_processor(loading.POCKET_FOLDER)
-    processor.image_processor.patch_size = 14
-    small = Qwen2_5_VLConfig.from_pretrained(loading.POCKET_FOLDER / "text_encoder")
-    text = {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "max_position_embeddings": 128000,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    }
-    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
-    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **{key: getattr(small, key) for key in ids})
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            transformer = diffusers.QwenImageTransformer2DModel()
-            vae = diffusers.AutoencoderKLQwenImage()
-            text_encoder = Qwen2_5_VLForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
-    pipeline = CachedQwenImageEditPipeline(
-        scheduler=loading.lightning_scheduler(),
-        vae=vae.eval(),
-        text_encoder=text_encoder.to(dtype).eval(),
-        tokenizer=processor.tokenizer,
-        processor=processor,
-        transformer=transformer.eval(),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+MIN_RUNS = 3  # of a case that has used up its share of the time: fewer have no median worth the name
+OURS = ["stock", "plain", "fast"]
+AXES = {
+    "sizes": [256],
+    "steps": [2],
+    "cfg": [1.0],
+    "references": [1],
+    "areas": ["output"],
+    "batch": [1],
+    "vlm": ["fresh"],
+    "subjects": OURS,
+}
+# Each suite is a list of products; an axis that is not named has its value above.
+SUITES = {
+    "goals": [
+        {"sizes": [256, 512], "steps": [1, 2], "vlm": ["fresh", "cached"]},
+        {"sizes": [1024], "vlm": ["fresh", "cached"]},
+    ],
+    # What the project that this one started from publishes: 28 steps with guidance, 4, 4 compiled, Lightning with 2.
+    "tables": [
+        {"sizes": [512], "steps": [4], "subjects": list(SUBJECTS)},
+        {"sizes": [256, 384, 512, 640, 768, 1024], "steps": [2, 4]},
+        {"sizes": [512], "steps": [28], "cfg": [4.0], "subjects": list(SUBJECTS)},
+    ],
+    "axes": [
+        {"sizes": [512], "areas": [256**2, 512**2, 1024**2]},
+        {"sizes": [512], "references": [1, 2, 3]},
+        {"sizes": [256, 512], "batch": [1, 2, 4]},
+    ],
+}
 
 
-def pictures(width: int, height: int, seed: int = 0):
-    """Endless distinct uint8 pictures (H, W, 3): smooth colour fields with a little noise, none seen twice."""
-    random = np.random.default_rng(seed)
-    while True:
-        coarse = random.uniform(0, 255, (5, 5, 3))
-        rows, columns = np.linspace(0, 3.999, height), np.linspace(0, 3.999, width)
-        r, c = rows.astype(int), columns.astype(int)
-        fr, fc = (rows - r)[:, None, None], (columns - c)[None, :, None]
-        top = coarse[r][:, c] * (1 - fc) + coarse[r][:, c + 1] * fc
-        bottom = coarse[r + 1][:, c] * (1 - fc) + coarse[r + 1][:, c + 1] * fc
-        picture = top * (1 - fr) + bottom * fr + random.normal(0, 4, (height, width, 3))
-        yield picture.clip(0, 255).astype(np.uint8)
+# What is to be done ---------------------------------------------------------------------------------------------------
 
 
-class Clock:
-    """Wall milliseconds with the device drained at both ends."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.stages: dict[str, list[float]] = {}
-        self.denoise_flop = 0.0
-
-    def now_ms(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() * 1e3
-
-    @contextmanager
-    def stage(self, name: str):
-        began = self.now_ms()
-        yield
-        self.stages.setdefault(name, []).append(self.now_ms() - began)
+def products(blocks: list[dict]) -> Iterator[tuple[Case, list[str]]]:
+    """Every case of the blocks with the subjects asked for it; a block names the axes in which it differs from AXES."""
+    for block in blocks:
+        axes = AXES | block
+        order = ("sizes", "steps", "cfg", "references", "areas", "batch", "vlm")
+        for size, steps, cfg, references, area, batch, vlm in itertools.product(*(axes[name] for name in order)):
+            pixels = size * size if area == "output" else int(area)
+            yield Case(size, size, steps, cfg, references, pixels, batch, vlm), axes["subjects"]
 
 
-def edit_ours(
-    pipeline, frames: list[np.ndarray], width: int, height: int, steps: int, area: int, vlm: str, clock: Clock
-):
-    """One edit through the five steps; stage times go to the clock."""
-    with clock.stage("encode_prompt"):
-        if vlm == "fresh":
-            embeds, mask = pipeline.encode_prompt(PROMPT, frames)
-        else:
-            if not hasattr(pipeline, "_benchmark_embeds"):
-                pipeline._benchmark_embeds = {}
-            key = len(frames)
-            if key not in pipeline._benchmark_embeds:
-                pipeline._benchmark_embeds[key] = pipeline.encode_prompt(PROMPT, frames)
-            embeds, mask = pipeline._benchmark_embeds[key]
-    with clock.stage("encode_references"):
-        references = pipeline.encode_references(frames, area=area, width=width, height=height)
-    with clock.stage("denoise"):
-        schedule = pipeline.schedule(steps, width, height)
-        noise = pipeline.initial_noise(width, height, 0)
-        latents = pipeline.denoise(noise, references, embeds, mask, schedule)
-    image_tokens = noise.shape[1] + references.latents.shape[1]
-    clock.denoise_flop = steps * transformer_flop(pipeline.transformer.config, image_tokens, embeds.shape[1])
-    with clock.stage("decode"):
-        return pipeline.decode(latents, width, height).cpu()
+def plan(blocks: list[dict]) -> tuple[list[tuple[Phase, list[tuple[Case, list[str]]]]], dict[str, str]]:
+    """Phases with their cases and the subjects of each, nothing twice; and what cannot be run, with the reason."""
+    cases, left_out, seen = list(products(blocks)), {}, set()
+    phases = []
+    for phase in PHASES:
+        todo = []
+        for case, wanted in cases:
+            names = []
+            for name in phase.subjects:
+                if name not in wanted:
+                    continue
+                try:
+                    key = (name, as_run(name, case))
+                except LeftOutError as reason:
+                    left_out[f"{name}: {case}"] = str(reason)
+                    continue
+                if key not in seen:
+                    names.append(name)
+                seen.add(key)
+            if names:
+                todo.append((case, names))
+        if todo:
+            phases.append((phase, todo))
+    return phases, left_out
 
 
-def transformer_flop(config, image_tokens: int, text_tokens: int) -> float:
-    """Floating-point operations of one forward: 12 d^2 multiply-adds a token and block, and the joint attention."""
-    d, tokens = config.num_attention_heads * config.attention_head_dim, image_tokens + text_tokens
-    return config.num_layers * (24.0 * d * d * tokens + 4.0 * tokens * tokens * d)
+class Budget:
+    """Wall seconds for the whole program, shared out among the cases still to come. None: no end."""
+
+    def __init__(self, seconds: float | None):
+        self.ends_s = float("inf") if seconds is None else time.perf_counter() + seconds
+
+    def is_over(self) -> bool:
+        return time.perf_counter() >= self.ends_s
+
+    def deadline_s(self, cases: int) -> float:
+        """When a case should stop that has `cases` - 1 behind it; on the clock of `time.perf_counter`."""
+        now = time.perf_counter()
+        return now + max(0.0, self.ends_s - now) / cases
 
 
-def edit_stock(pipeline, frames: list[np.ndarray], width: int, height: int, steps: int):
-    from PIL import Image
+class ResultFile:
+    """The result as it grows; `path` holds all of it after each `write`, even if the program is killed in one."""
 
-    out = pipeline(
-        image=[Image.fromarray(f) for f in frames],
-        prompt=PROMPT,
-        width=width,
-        height=height,
-        num_inference_steps=steps,
-        true_cfg_scale=1.0,
-        generator=torch.Generator("cpu").manual_seed(0),
-    )
-    return np.asarray(out.images[0])
+    def __init__(self, path: Path | None, head: dict):
+        self.path = path
+        self.data = head | {"phases": [], "rows": [], "left_out": {}}
+
+    @property
+    def failed(self) -> bool:
+        return any(reason.startswith("failed: ") for reason in self.data["left_out"].values())
+
+    def leave_out(self, subjects: list[str], case: Case | None, reason: str) -> None:
+        self.data["left_out"][", ".join(subjects) + (f": {case}" if case else "")] = reason
+
+    def write(self) -> None:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = self.path.with_suffix(".part")
+            unfinished.write_text(json.dumps(self.data, indent=1) + "\n")
+            os.replace(unfinished, self.path)
 
 
-def measure(subjects: dict, case: dict, runs: int, warmup: int, device: torch.device) -> list[dict]:
-    """The subjects in turn on new pictures; one row a subject."""
-    times: dict[str, list[float]] = {name: [] for name in subjects}
-    clocks = {name: Clock(device) for name in subjects}
-    peaks = dict.fromkeys(subjects, 0.0)
-    source = pictures(case["width"], case["height"])
+def reason_of(error: Exception) -> str:
+    """For the file. An error that is not a reason by itself is shown in full, and makes the program fail at its end."""
+    if isinstance(error, LeftOutError):
+        return str(error)
+    traceback.print_exception(error, file=sys.stderr)
+    traceback.clear_frames(error.__traceback__)  # they hold the GPU memory that the next subject needs
+    lines = str(error).strip().splitlines()
+    return f"failed: {type(error).__name__}{': ' + lines[0] if lines else ''}"
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trial:
+    """One subject on one case: its frames so far."""
+
+    name: str
+    subject: Subject
+    case: Case
+    times_ms: list[float] = field(default_factory=list)
+    stages_ms: list[dict[str, float]] = field(default_factory=list)
+    tokens: dict[str, int] = field(default_factory=dict)
+    first_frame_s: float | None = None
+    resident_gb: float | None = None
+    peak_gb: float | None = None
+    failure: str | None = None
+
+    def run_frame(self, frames: list, clock: Clock, memory: Memory, timed: bool) -> None:
+        resident = memory.resident_gb()
+        memory.reset_peak()
+        clock.start()
+        self.subject.edit(frames, self.case, clock)
+        spent_ms = clock.stop()
+        if self.first_frame_s is None:
+            self.first_frame_s = spent_ms / 1e3
+        if timed:
+            self.times_ms.append(spent_ms)
+            self.stages_ms.append(clock.stages_ms())
+            self.tokens = clock.tokens
+            self.resident_gb = max(filter(None, (self.resident_gb, resident)), default=None)
+            self.peak_gb = max(filter(None, (self.peak_gb, memory.peak_gb())), default=None)
+
+    def row(self, weights: str, config, graphs_gb: float, ceiling: float) -> dict:
+        """The trial as the file has it."""
+        median = statistics.median(self.times_ms)
+        stages = {name: statistics.median(s[name] for s in self.stages_ms) for name in self.stages_ms[0]}
+        share_run = self.subject.share_run(self.case)
+        flop = denoise_flop(config, self.tokens, self.case.steps, self.case.batch) * share_run
+        tflops = flop / stages["denoise"] / 1e9
+        return {
+            "subject": self.name,
+            "weights": weights,
+            **asdict(self.case),
+            "quantize": self.subject.quantize,
+            "text_encoder_quantize": "none",
+            "changed_tokens": 1.0,
+            "median_ms": round(median, 2),
+            "p95_ms": round(float(np.percentile(self.times_ms, 95)), 2),
+            "fps": round(self.case.batch * 1e3 / median, 3),
+            "runs": len(self.times_ms),
+            "first_frame_s": round(self.first_frame_s, 2),
+            "peak_memory_gb": None if self.peak_gb is None else round(self.peak_gb + graphs_gb, 2),
+            "resident_memory_gb": None if self.resident_gb is None else round(self.resident_gb + graphs_gb, 2),
+            "stages_ms": {name: round(ms, 2) for name, ms in stages.items()},
+            "tokens": self.tokens,
+            "blocks_run": round(share_run, 3),
+            "tflops": round(tflops, 3),
+            "ceiling_share": round(tflops / ceiling, 3),
+        }
+
+
+def measure(trials: list[Trial], case: Case, runs: int, warmup: int, deadline_s: float, clock: Clock) -> None:
+    """The trials in turn, each on new pictures. After the deadline warm-up ends, and MIN_RUNS frames are enough."""
+    source, memory = pictures(case.width, case.height), Memory(clock.device)
     for i in range(warmup + runs):
-        for name, edit in subjects.items():
-            frames = [next(source) for _ in range(case["references"])]
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            if i == warmup:
-                clocks[name].stages.clear()
-            began = clocks[name].now_ms()
-            edit(frames, clocks[name])
-            spent = clocks[name].now_ms() - began
-            if i >= warmup:
-                times[name].append(spent)
-            if device.type == "cuda":
-                peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(device) / 1e9)
-    rows = []
-    for name, values in times.items():
-        median = statistics.median(values)
-        stock = name == "stock"
-        stages = {k: round(statistics.median(v), 2) for k, v in clocks[name].stages.items()}
-        rows.append(
-            {
-                "subject": name,
-                "cfg": 1.0,
-                "batch": 1,
-                "quantize": "none",
-                "text_encoder_quantize": "none",
-                "changed_tokens": 1.0,
-                **case,
-                "reference_area": 1024 * 1024 if stock else case["reference_area"],
-                "vlm": "fresh" if stock else case["vlm"],
-                "median_ms": round(median, 2),
-                "p95_ms": round(float(np.percentile(values, 95)), 2),
-                "fps": round(1e3 / median, 2),
-                "peak_memory_gb": round(peaks[name], 2),
-                "stages_ms": stages,
-                "tflops": round(clocks[name].denoise_flop / stages["denoise"] / 1e9, 2) if stages else None,
-                "runs": len(values),
-            }
-        )
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+        late = time.perf_counter() > deadline_s
+        if late and 0 < i < warmup:
+            continue
+        if late and i >= warmup + MIN_RUNS:
+            break
+        for trial in trials:
+            if trial.failure is not None:
+                continue
+            frames = [[next(source) for _ in range(case.batch)] for _ in range(case.references)]
+            try:
+                if i == 0:
+                    trial.subject.prepare(trial.case)
+                trial.run_frame(frames, clock, memory, timed=i >= warmup)
+            except Exception as error:  # whatever it is, it must not cost the other subjects and cases their figures
+                trial.failure = reason_of(error)
+            if trial.failure is not None:
+                _release_memory(clock.device)
+
+
+def run_phase(
+    phase: Phase, todo: list, models: Models, args, result: ResultFile, budget: Budget, clock: Clock, behind: int
+) -> None:
+    """All cases of a phase; `behind` is the number of cases in the phases after it."""
+    names = [name for name in phase.subjects if any(name in wanted for _, wanted in todo)]
+    _release_memory(clock.device)
+    ceiling = ceiling_tflops(clock.device)
+    with ExitStack() as stack:
+        began = time.perf_counter()
+        try:
+            subjects = stack.enter_context(phase.enter(models))
+        except Exception as error:
+            result.leave_out(names, None, reason_of(error))
+            return
+        spent_s = round(time.perf_counter() - began, 2)
+        result.data.setdefault("ceiling_tflops", round(ceiling, 3))
+        result.data["phases"].append({"subjects": names, "ceiling_tflops": round(ceiling, 3), "start_s": spent_s})
+        if models.fast_path and "fast" in names:
+            result.data["start"]["fast_path_s"] = spent_s
+            result.data["fast_path"] = [line._asdict() for line in models.fast_path]
+        for i, (case, wanted) in enumerate(todo):
+            if budget.is_over():
+                result.leave_out(wanted, case, "the time given was over")
+                continue
+            deadline_s = budget.deadline_s(len(todo) - i + behind)
+            trials = [Trial(name, subjects[name], as_run(name, case)) for name in wanted]
+            measure(trials, case, args.runs, args.warmup, deadline_s, clock)
+            for trial in trials:
+                if trial.failure is not None:
+                    result.leave_out([trial.name], trial.case, trial.failure)
+                    continue
+                config, graphs_gb = models.ours.transformer.config, Memory(clock.device).graphs_gb()
+                row = trial.row(args.weights, config, graphs_gb, ceiling)
+                result.data["rows"].append(row)
+                print(
+                    f"{trial.name}: {trial.case}: {row['median_ms']} ms, p95 {row['p95_ms']}, "
+                    f"first {row['first_frame_s']} s, {row['runs']} runs",
+                    flush=True,
+                )
+            result.write()
+
+
+def run(args) -> ResultFile:
+    """Measures what the command line asks for."""
+    budget, began = Budget(args.seconds), time.perf_counter()
+    device = torch.device(args.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # events are recorded on the current device's stream
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    phases, left_out = plan(args.blocks)
+    result = ResultFile(args.out, environment(device, args.commit))
+    result.data["left_out"] |= left_out
+    if args.weights == "random":
+        models = Models(random_pipeline(args.device, dtype))
+    else:
+        models = Models(load_pipeline(args.weights, device=args.device, dtype=dtype))
+    result.data["start"] = {"load_s": round(time.perf_counter() - began, 2)}
+    result.write()
+    for i, (phase, todo) in enumerate(phases):
+        if budget.is_over():
+            for case, names in todo:
+                result.leave_out(names, case, "the time given was over")
+            continue
+        behind = sum(len(later) for _, later in phases[i + 1 :])
+        run_phase(phase, todo, models, args, result, budget, Clock(device), behind)
+    result.write()
+    return result
+
+
+def _release_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def environment(device: torch.device, commit: str | None) -> dict:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = commit or subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    """The machine and the versions: what a figure means nothing without."""
+    versions = {"torch": torch.__version__}
+    for package in ("diffusers", "transformers", "triton", "torchao", "cache-dit"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
     return {
-        "device": name,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        **versions,
         "python": platform.python_version(),
-        "commit": commit,
+        "commit": commit or subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown",
     }
 
 
@@ -229,103 +356,54 @@ def cpu_name() -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
-def run(args) -> dict:
-    device = torch.device(args.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    began = time.perf_counter()
-    if args.weights == "random":
-        plain = random_pipeline(args.device, dtype)
-    else:
-        plain = load_pipeline(args.weights, device=args.device, dtype=dtype)
-    plain.set_progress_bar_config(disable=True)
-    plain.caches_enabled = False  # every picture is new: a cache would only cost its hashing
-    fast = CachedQwenImageEditPipeline(**plain.components)
-    fast.caches_enabled = False
-    print(json.dumps({"fast_path": [list(map(str, line)) for line in fast.enable_fast_path()]}), flush=True)
-    stock = QwenImageEditPlusPipeline(**plain.components)
-    stock.set_progress_bar_config(disable=True)
-    result = environment(device, args.commit) | {"load_s": round(time.perf_counter() - began, 1), "rows": []}
-    for size in args.sizes:
-        for steps in args.steps:
-            for vlm in args.vlm:
-                case = {
-                    "weights": args.weights,
-                    "width": size,
-                    "height": size,
-                    "steps": steps,
-                    "references": args.references,
-                    "reference_area": size * size,
-                    "vlm": vlm,
-                }
-
-                def ours(pipeline, size=size, steps=steps, vlm=vlm):
-                    return lambda frames, clock: edit_ours(pipeline, frames, size, size, steps, size * size, vlm, clock)
-
-                subjects = {"plain": ours(plain), "fast": ours(fast)}
-                if vlm == "fresh" and "stock" in args.subjects:
-                    subjects["stock"] = lambda frames, clock, size=size, steps=steps: edit_stock(
-                        stock, frames, size, size, steps
-                    )
-                subjects = {name: edit for name, edit in subjects.items() if name in args.subjects}
-                result["rows"] += measure(subjects, case, args.runs, args.warmup, device)
-    return result
+# The command line -----------------------------------------------------------------------------------------------------
 
 
-def tables(folder: Path = RESULTS) -> str:
-    """Markdown tables of all result files, one a file."""
-    parts = []
-    for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text())
-        head = f"**{result['device']}**, torch {result['torch']}, diffusers {result['diffusers']}, commit {result['commit']}"
-        lines = [f"{head} (`{path.relative_to(ROOT)}`)", ""]
-        lines.append("| weights | size | steps | VLM | subject | median ms | p95 ms | frames/s | against stock |")
-        lines.append("|---|---|---|---|---|---|---|---|---|")
-        for row in result["rows"]:
-            same = [
-                r["median_ms"]
-                for r in result["rows"]
-                if r["subject"] == "stock" and (r["width"], r["steps"]) == (row["width"], row["steps"])
-            ]
-            ratio = f"{same[0] / row['median_ms']:.1f}x" if same else "-"
-            lines.append(
-                f"| {row['weights']} | {row['width']}x{row['height']} | {row['steps']} | {row['vlm']} | {row['subject']} "
-                f"| {row['median_ms']:.0f} | {row['p95_ms']:.0f} | {row['fps']:.1f} | {ratio} |"
-            )
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
-
-
-def write_tables() -> None:
-    """Puts the tables between the markers of the README."""
-    begin, end = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-    text = (ROOT / "README.md").read_text()
-    head, rest = text.split(begin)
-    (ROOT / "README.md").write_text(f"{head}{begin}\n{tables()}\n{end}{rest.split(end)[1]}")
-
-
-def main() -> None:
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, and in `blocks` what they make of the axes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default="pocket", help="pocket, random (full size), or a model folder or id")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--subjects", nargs="+", default=["stock", "plain", "fast"], choices=["stock", "plain", "fast"])
-    parser.add_argument("--sizes", nargs="+", type=int, default=[256])
-    parser.add_argument("--steps", nargs="+", type=int, default=[2])
-    parser.add_argument("--vlm", nargs="+", default=["fresh"], choices=["fresh", "cached"])
-    parser.add_argument("--references", type=int, default=1)
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument(
+        "--suite", choices=SUITES, help="cases that belong together; an axis given as well replaces its"
+    )
+    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, help=f"default: {' '.join(OURS)}")
+    parser.add_argument("--sizes", nargs="+", type=int, help="sides of the square output in pixels")
+    parser.add_argument("--steps", nargs="+", type=int)
+    parser.add_argument("--cfg", nargs="+", type=float, help="true CFG scales; 1 is none")
+    parser.add_argument("--references", nargs="+", type=int, choices=[1, 2, 3])
+    parser.add_argument("--areas", nargs="+", help="area of a reference in pixels, or output for the output's")
+    parser.add_argument("--batch", nargs="+", type=int)
+    parser.add_argument("--vlm", nargs="+", choices=["fresh", "cached"])
+    parser.add_argument("--runs", type=int, default=20, help="timed frames of a case (default 20)")
+    parser.add_argument(
+        "--warmup", type=int, default=2, help="frames before them (default 2); the first is timed apart"
+    )
+    parser.add_argument("--seconds", type=float, help="end after about so many, with every case that fits")
     parser.add_argument("--commit", help="where the code runs without its git history")
     parser.add_argument("--out", type=Path, help="result file to write")
     parser.add_argument("--tables", action="store_true", help="only rewrite the README's tables from the result files")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    for name in ("runs", "warmup"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}: at least 1")
+    for area in args.areas or []:
+        if area != "output" and not area.isdecimal():
+            parser.error(f"--areas is {area}: a number of pixels, or output")
+    given = {name: getattr(args, name) for name in AXES if getattr(args, name) is not None}
+    args.blocks = [block | given for block in SUITES[args.suite]] if args.suite else [given]
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     if args.tables:
         write_tables()
-        return
+        return 0
     result = run(args)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    short = {"out": str(args.out), "rows": len(result.data["rows"]), "left_out": result.data["left_out"]}
+    print(json.dumps(short if args.out else result.data))
+    return int(result.failed)
 
 
 if __name__ == "__main__":
