@@ -2,10 +2,10 @@
 
     encode_prompt -> encode_references -> schedule -> denoise -> decode
 
-The stock pipeline is one call: every frame of a live picture would tokenise the same prompt, resize on the CPU, run the
-vocabulary head for nothing, upscale each reference to a megapixel and come back as a PIL image. Here the same work is
-cut at its natural joints, each step a public method on tensors, so that an engine can run only what changed. `__call__`
-puts the steps together again behind the stock arguments and gives the stock result.
+The stock pipeline is one call: every frame would tokenise the same prompt, resize on the CPU, run the vocabulary head
+for nothing, upscale each reference to a megapixel and come back as a PIL image. Here the same work is cut at its joints,
+each step a public method on tensors, so that an engine can run only what changed. `__call__` puts them together again
+behind the stock arguments and gives the stock result.
 
 What differs from stock, on purpose:
 - The vision-language model gets its 3-D rotary positions. Since transformers 5.15 they are computed only if
@@ -17,13 +17,14 @@ What differs from stock, on purpose:
   image tokens are the upscaled reference.
 
 Caches are keyed by content: a digest of the pixels plus everything else that changes the result. A picture and prompt
-seen before cost no model work, whoever sends them, and the answer is bit for bit the one computed then: each is
-encoded by itself, never in the company of others, so that no result depends on what happened to be cached. Keys hold
-the identity of the modules, not of their weights: who changes weights in place calls `clear_caches()`.
+seen before cost no model work, and the answer is bit for bit the one computed then: each is encoded by itself, so that
+no result depends on what happened to be cached. Keys hold the identity of the modules, not of their weights: who
+changes weights in place calls `clear_caches()`.
 
 Single-threaded, like the modules it drives; only `cache_summary` may be called from another thread.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
@@ -42,7 +43,7 @@ import fast_path
 import loading
 import vision_language
 from content_cache import ContentCache
-from images import EditError, Pictures, resample
+from images import EditError, Pictures, download, named, resample
 from sampling import Schedule, euler_step, noise_levels, true_cfg
 
 MAX_REFERENCES = 3
@@ -71,6 +72,8 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
     def __init__(self, scheduler, vae, text_encoder, tokenizer, processor, transformer):
         super().__init__(scheduler, vae, text_encoder, tokenizer, processor, transformer)
         self.single_frame_vae: fast_path.SingleFrameVAE | None = None
+        self.fused_transformer: fast_path.FusedTransformer | None = None
+        self.fused_text_encoder: fast_path.FusedTextEncoder | None = None
         self.caches_enabled = True
         # A live camera fills these with pictures that never come back: the bounds are a few seconds of frames.
         self._caches = {
@@ -83,7 +86,7 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
         self._guidance_scale = self._attention_kwargs = self._current_timestep = None
         self._interrupt = False
         self._num_timesteps = 0
-        self._origin = {"model": None, "lora": None, "lora_weight": None}
+        self._origin = {"model": None, "folder": None, "lora": None, "lora_weight": None, "lora_layers": []}
 
     # Step 1 -----------------------------------------------------------------------------------------------------------
 
@@ -105,14 +108,14 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
         Raises EditError for what is no prompt or no picture.
         """
         if prompt_embeds is None:
-            prompts = _prompts(prompt, may_be_empty=True)
+            prompts = vision_language.prompts(prompt, may_be_empty=True)
             slots = self.open_references(image) if image is not None else []
             batch = _common_batch([len(prompts), *map(len, slots)])
             rows = [
                 self._embed(prompts[b if len(prompts) > 1 else 0], [slot.row(b) for slot in slots])
                 for b in range(batch)
             ]
-            prompt_embeds, prompt_embeds_mask = _pad(rows)
+            prompt_embeds, prompt_embeds_mask = vision_language.pad(rows)
         elif prompt_embeds_mask is not None and prompt_embeds_mask.all():
             prompt_embeds_mask = None
         if num_images_per_prompt > 1:
@@ -142,9 +145,14 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
         embeds = language_model.embed_tokens(ids)  # (1, L, D)
         for (start, stop), (feature, _) in zip(places, features, strict=True):
             embeds[:, start:stop] = feature.to(embeds.dtype)
-        hidden = language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+        start = self.prompt_template_encode_start_idx
+        if self.fused_text_encoder is not None:
+            hidden = self.fused_text_encoder.read(embeds, positions, skip=start)
+        else:
+            hidden = language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+            hidden = hidden[:, start:]
         # A copy: a view would keep the dropped system prompt's rows alive in the cache.
-        return hidden[:, self.prompt_template_encode_start_idx :].to(_dtype(self.transformer), copy=True)
+        return hidden.to(_dtype(self.transformer), copy=True)
 
     def _picture_features(self, picture: Pictures) -> tuple[torch.Tensor, vision_language.Grid]:
         """The vision tower's tokens (n, D) of one picture, and their rows and columns."""
@@ -156,9 +164,11 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
         width, height = stock.calculate_dimensions(stock.CONDITION_IMAGE_SIZE, picture.size[0] / picture.size[1])
         pixels = resample(picture.on(device), width, height, "lanczos")
         values, (rows, columns) = vision_language.pixel_values(pixels, self.processor.image_processor)
+        merged = rows // visual.spatial_merge_size, columns // visual.spatial_merge_size
+        if self.fused_text_encoder is not None:
+            return self.fused_text_encoder.see(values.to(_dtype(visual)), (rows, columns)), merged
         grid = self._constant(("grid", rows, columns, device), lambda: torch.tensor([[1, rows, columns]]).to(device))
-        merge = visual.spatial_merge_size
-        return visual(values.to(_dtype(visual)), grid_thw=grid).pooler_output, (rows // merge, columns // merge)
+        return visual(values.to(_dtype(visual)), grid_thw=grid).pooler_output, merged
 
     def _tokenise(self, prompt: str, grids: tuple[vision_language.Grid, ...]):
         """Token ids (1, L), 3-D rotary positions (3, 1, L), and where each picture's tokens lie."""
@@ -203,13 +213,12 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
 
     def _encode_pictures(self, pictures: Pictures, width: int, height: int) -> torch.Tensor:
         pixels = resample(pictures.on(self._execution_device), width, height, "lanczos")
-        pixels = (pixels.permute(0, 3, 1, 2).float() / 255.0 * 2.0 - 1.0).to(_dtype(self.vae))  # (b, 3, H, W)
+        (mean, std), dtype = self._latent_statistics(), _dtype(self.transformer)
         if self.single_frame_vae is not None:
-            latents = self.single_frame_vae.encode(pixels)
-        else:
-            latents = self.vae.encode(pixels.unsqueeze(2)).latent_dist.mode()[:, :, 0]
-        mean, std = self._latent_statistics()
-        latents = ((latents - mean) / std).to(_dtype(self.transformer)).contiguous()
+            return self.single_frame_vae.encode_picture(pixels, mean, std, dtype)
+        pixels = (pixels.permute(0, 3, 1, 2).float() / 255.0 * 2.0 - 1.0).to(_dtype(self.vae))  # (b, 3, H, W)
+        latents = self.vae.encode(pixels.unsqueeze(2)).latent_dist.mode()[:, :, 0]
+        latents = ((latents - mean) / std).to(dtype).contiguous()
         return self._pack_latents(latents, *latents.shape)
 
     # Step 3 -----------------------------------------------------------------------------------------------------------
@@ -230,8 +239,8 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
 
         def make() -> Schedule:
             levels = np.linspace(1.0, 1 / steps, steps) if sigmas is None else np.array(sigmas)
-            pair = noise_levels(self.scheduler, levels, width * height // self._unit**2)
-            return Schedule(*(t.to(device) for t in pair), width, height)
+            noise, timesteps = noise_levels(self.scheduler, levels, width * height // self._unit**2)
+            return Schedule(noise.to(device), timesteps.to(device), width, height, tuple(timesteps.tolist()))
 
         return self._constant((self.scheduler, self.scheduler.shift, steps, width, height, sigmas, device), make)
 
@@ -247,7 +256,7 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
             raise EditError(f"{len(seeds)} seeds were given for a batch of {batch}. Allowed: one, or one for each row.")
         for s in seeds:
             if not (_is_whole(s, 0, MAX_SEED) or isinstance(s, torch.Generator) or seed is None):
-                raise EditError(f"The seed is {_named(s)}. Allowed: 0 to {MAX_SEED}, or a torch.Generator.")
+                raise EditError(f"The seed is {named(s)}. Allowed: 0 to {MAX_SEED}, or a torch.Generator.")
 
         def draw() -> torch.Tensor:
             generators = [torch.Generator().manual_seed(int(s)) if isinstance(s, Integral) else s for s in seeds]
@@ -291,18 +300,28 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
         batch, tokens = latents.shape[:2]
         prompt_embeds = prompt_embeds.to(latents.dtype)
         conditions = references.latents.expand(batch, -1, -1)
-        shapes = [[(1, schedule.height // self._unit, schedule.width // self._unit), *references.shapes]] * batch
+        shapes = ((1, schedule.height // self._unit, schedule.width // self._unit), *references.shapes)
         guided = cfg_scale > 1 and negative_prompt_embeds is not None
         stochastic = self.scheduler.config.stochastic_sampling
 
-        def predict(name: str, timestep, embeds, embeds_mask) -> torch.Tensor:
+        fused = self._fused_transformer(transformer_kwargs)
+
+        def predict(name: str, i: int, embeds, embeds_mask) -> torch.Tensor:
+            embeds = embeds.expand(batch, -1, -1)
+            embeds_mask = None if embeds_mask is None else embeds_mask.expand(batch, -1)
+            if fused is not None:
+                rows = [(slice(None), embeds)] if embeds_mask is None else vision_language.unpad(embeds, embeds_mask)
+                times = schedule.times
+                return torch.cat(
+                    [fused.velocity(latents[b], conditions[b], e, shapes, times[i], times) for b, e in rows]
+                )
             with self.transformer.cache_context(name):
                 return self.transformer(
                     hidden_states=torch.cat([latents, conditions], dim=1),
-                    timestep=timestep,
-                    encoder_hidden_states=embeds.expand(batch, -1, -1),
-                    encoder_hidden_states_mask=None if embeds_mask is None else embeds_mask.expand(batch, -1),
-                    img_shapes=shapes,
+                    timestep=schedule.timesteps[i].expand(batch).to(latents.dtype) / 1000,
+                    encoder_hidden_states=embeds,
+                    encoder_hidden_states_mask=embeds_mask,
+                    img_shapes=[list(shapes)] * batch,
                     return_dict=False,
                     **(transformer_kwargs or {}),
                 )[0][:, :tokens]
@@ -314,10 +333,9 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
             if on_step is not None:
                 on_step(i, steps)
             self._current_timestep = schedule.timesteps[i]
-            timestep = schedule.timesteps[i].expand(batch).to(latents.dtype) / 1000
-            velocity = predict("cond", timestep, prompt_embeds, mask)
+            velocity = predict("cond", i, prompt_embeds, mask)
             if guided:
-                negative = predict("uncond", timestep, negative_prompt_embeds, negative_mask)
+                negative = predict("uncond", i, negative_prompt_embeds.to(latents.dtype), negative_mask)
                 velocity = true_cfg(velocity, negative, cfg_scale)
             latents = euler_step(latents, velocity, schedule.sigmas[i], schedule.sigmas[i + 1], stochastic)
             if on_step_end is not None:
@@ -325,11 +343,22 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
         self._current_timestep, self._interrupt = None, False
         return latents
 
+    def _fused_transformer(self, transformer_kwargs: dict[str, Any] | None):
+        """The fused transformer if it is in use and knows these arguments; else the stock one is made ready to run."""
+        fused = self.fused_transformer
+        if fused is not None and any((transformer_kwargs or {}).values()):
+            fused.modulations.onload()
+            return None
+        return fused
+
     # Step 5 -----------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
         """Packed latents (B, N, 4z) to pictures, uint8 (B, height, width, 3), on the pipeline's device."""
+        if self.single_frame_vae is not None:
+            self._check_size(width, height)
+            return self.single_frame_vae.decode_picture(latents, height, width, *self._latent_statistics())
         return (self._decode(latents, width, height).float() * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1)
 
     def _decode(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
@@ -384,7 +413,7 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
         slots = self.open_references(image)
         width, height = self._output_size(width, height, slots[-1].size)
         if prompt_embeds is None:
-            prompt = _prompts(prompt, may_be_empty=False)
+            prompt = vision_language.prompts(prompt, may_be_empty=False)
         self.check_inputs(
             prompt, height, width, negative_prompt, prompt_embeds, negative_prompt_embeds, prompt_embeds_mask,
             negative_prompt_embeds_mask, list(callback_on_step_end_tensor_inputs), max_sequence_length,
@@ -396,7 +425,7 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
         def encode(prompt, embeds, mask):
             if embeds is not None:
                 return self.encode_prompt(None, None, None, num_images_per_prompt, embeds, mask)
-            prompts = _prompts(prompt, may_be_empty=True)
+            prompts = vision_language.prompts(prompt, may_be_empty=True)
             prompts = prompts * batch if len(prompts) == 1 else prompts
             return self.encode_prompt([p for p in prompts for _ in range(num_images_per_prompt)], slots)
 
@@ -467,7 +496,7 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
         if output_type == "uint8":
             return self.decode(latents, width, height)
         if output_type == "pil":
-            return [Image.fromarray(rgb) for rgb in self.decode(latents, width, height).cpu().numpy()]
+            return [Image.fromarray(rgb) for rgb in download(self.decode(latents, width, height))]
         pixels = self._decode(latents, width, height)
         return pixels if output_type == "pt" else pixels.permute(0, 2, 3, 1).float().cpu().numpy()
 
@@ -501,8 +530,30 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
         self.clear_caches()
         fast_path.remove(self)
 
+    def change_lora(self, lora: str | None, weight: float = 1.0) -> float:
+        """Another LoRA in place of the one that is fused, or another weight of it, or none (None). Returns seconds.
+
+        The result is that of a fresh start, bit for bit: the layers are read from the model's folder again before the
+        LoRA is fused. They stay where they are in memory, so nothing is recorded or compiled anew. A Lightning LoRA
+        brings its schedule, any other leaves the model its own. Raises EditError; then the former LoRA is in place.
+        """
+        began = time.perf_counter()
+        before = self._origin["lora"], self._origin["lora_weight"]
+        changed = set(self._origin["lora_layers"])
+        try:
+            loading.replace_lora(self, self._origin, lora, weight)
+        except EditError:
+            loading.replace_lora(self, self._origin, *before)
+            raise
+        finally:
+            if self.fused_transformer is not None:
+                self.fused_transformer.weights_changed(changed | set(self._origin["lora_layers"]))
+        return time.perf_counter() - began
+
     def to(self, *args, **kwargs):
-        fast = self.single_frame_vae is not None
+        fast = fast_path.in_use(self)
+        if fast:
+            self.disable_fast_path()
         moved = super().to(*args, **kwargs)
         if fast:
             self.enable_fast_path()  # its modules are copies, built where the originals are now
@@ -511,7 +562,7 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
     @property
     def default_size(self) -> int:
         """The side in pixels at which the model is live: 256 for the pocket model, 512 for the real one."""
-        return 256 if is_pocket(self) else 512
+        return 256 if loading.edition(self.transformer) == "pocket" else 512
 
     @property
     def description(self) -> dict[str, Any]:
@@ -579,11 +630,6 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
 
-def is_pocket(pipeline) -> bool:
-    """Whether this is the embedded model: no real Qwen-Image transformer has fewer than 20 blocks (it has 60)."""
-    return pipeline.transformer.config.num_layers < 20
-
-
 def load_pipeline(
     model: str,
     *,
@@ -619,29 +665,13 @@ def load_pipeline(
         ) from error
     tell(f"Moving the model to {device}", 0.8)
     pipe.to(device)
-    lora = None if lora in (None, "", "none") else lora
-    if lora is not None:
-        tell(f"Fusing the LoRA {lora}", 0.9)
-        edition = "pocket" if is_pocket(pipe) else "2511" if pipe.transformer.config.get("zero_cond_t") else "2509"
-        if loading.add_lora(pipe, lora, edition, lora_weight):
-            pipe.scheduler = loading.lightning_scheduler()
     pipe.set_progress_bar_config(disable=True)
-    pipe._origin = {"model": model, "lora": lora, "lora_weight": float(lora_weight) if lora else None}
+    pipe._origin |= {"model": model, "folder": Path(folder)}
+    if lora not in (None, "", "none"):
+        tell(f"Fusing the LoRA {lora}", 0.9)
+        pipe.change_lora(lora, lora_weight)
     tell("Ready", 1.0)
     return pipe
-
-
-def _pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rows (1, L_i, D) as one (B, max L, D), zeros behind, and the mask (B, max L) of what is not; None if all is."""
-    lengths = [row.shape[1] for row in rows]
-    if len(rows) == 1:
-        return rows[0], None
-    if len(set(lengths)) == 1:
-        return torch.cat(rows), None
-    longest = max(lengths)
-    padded = torch.cat([torch.nn.functional.pad(row, (0, 0, 0, longest - row.shape[1])) for row in rows])
-    positions = torch.arange(longest, device=padded.device)
-    return padded, (positions < torch.tensor(lengths, device=padded.device)[:, None]).long()
 
 
 def _dtype(module: torch.nn.Module) -> torch.dtype:
@@ -656,20 +686,5 @@ def _common_batch(sizes: list[int]) -> int:
     return several[0] if several else 1
 
 
-def _prompts(prompt, may_be_empty: bool) -> list[str]:
-    """The prompt as a list of texts. A negative prompt may be empty; what asks for an edit may not."""
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
-        raise EditError(f"The prompt is {_named(prompt)}. Allowed: a text, or a list of texts.")
-    if not may_be_empty and not all(p.strip() for p in prompts):
-        raise EditError("The prompt is empty. Say what to change in the picture.")
-    return list(prompts)
-
-
 def _is_whole(value, lowest: int, highest: int) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and lowest <= value <= highest
-
-
-def _named(value) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"

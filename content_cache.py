@@ -19,6 +19,9 @@ class ContentCache:
         self.hits = self.misses = self.bytes = 0
         self._entries: OrderedDict = OrderedDict()
 
+    def __contains__(self, key) -> bool:
+        return key in self._entries
+
     def get(self, key, make: Callable[[], Any]) -> Any:
         """The value under `key`; `make()` computes it if it is not here. Callers must not change what they get."""
         if key in self._entries:

@@ -41,6 +41,12 @@ class EditError(ValueError):
     """What a person can act on: the text says what came and what is allowed."""
 
 
+def named(value) -> str:
+    """What came, for an error: its type and the beginning of what it is."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+
+
 def open_image(data, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """`data` (file bytes, a PIL image or a numpy array) as uint8 (H, W, 3) RGB, C-contiguous.
 
@@ -128,6 +134,7 @@ class Pictures:
 
     def __init__(self, pixels: torch.Tensor):
         self.pixels = pixels
+        self._host = pixels  # where the digests are read from: asking the GPU for the bytes back would wait for it
         self._digests: list[bytes] | None = None
 
     @staticmethod
@@ -160,7 +167,7 @@ class Pictures:
     def digests(self) -> list[bytes]:
         """One content digest a picture. blake2b reads about 1 GB/s: 0.2 ms at 256x256."""
         if self._digests is None:
-            rows = self.pixels.cpu().contiguous().numpy()
+            rows = self._host.cpu().contiguous().numpy()
             shape = repr(rows.shape[1:]).encode()
             self._digests = [hashlib.blake2b(row.data, digest_size=16, key=shape).digest() for row in rows]
         return self._digests
@@ -168,8 +175,7 @@ class Pictures:
     def on(self, device: torch.device) -> torch.Tensor:
         """The pixels on `device`; the copy replaces the original, so a frame crosses to the GPU once."""
         if self.pixels.device != device:
-            self._digests = self.digests  # taken while the bytes are still on the host
-            self.pixels = self.pixels.to(device, non_blocking=True)
+            self.pixels = _upload(self.pixels, device)
         return self.pixels
 
     def row(self, index: int) -> "Pictures":
@@ -177,7 +183,7 @@ class Pictures:
         if len(self) == 1:
             return self
         one = Pictures(self.pixels[index : index + 1])
-        one._digests = [self.digests[index]]
+        one._host = self._host[index : index + 1]
         return one
 
     def repeat(self, times: int) -> "Pictures":
@@ -185,6 +191,33 @@ class Pictures:
         if times == 1 or len(self) == 1:
             return self
         return Pictures(self.pixels.repeat_interleave(times, dim=0))
+
+
+def download(pixels: torch.Tensor) -> np.ndarray:
+    """A tensor's bytes on the host. From a GPU through pinned memory, which copies without a stop in between."""
+    if not pixels.is_cuda:
+        return pixels.numpy()
+    host = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
+    host.copy_(pixels, non_blocking=True)
+    torch.cuda.current_stream(pixels.device).synchronize()
+    return host.numpy()
+
+
+def _upload(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To a GPU on a stream of its own: the copy runs while the GPU still computes what was asked before."""
+    if device.type != "cuda" or pixels.is_cuda:
+        return pixels.to(device)
+    current, aside = torch.cuda.current_stream(device), _copy_stream(device)
+    with torch.cuda.stream(aside):
+        moved = pixels.pin_memory().to(device, non_blocking=True)
+    current.wait_stream(aside)
+    moved.record_stream(current)
+    return moved
+
+
+@functools.lru_cache(maxsize=8)
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def blend(first: np.ndarray, second: np.ndarray, ratio: float) -> np.ndarray:

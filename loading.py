@@ -4,7 +4,7 @@ Processor. `Qwen2VLProcessor` loads a video processor, which needs torchvision, 
 are edited. `picture_processor` is the same class with its video half left out; stock's `__call__` runs on it too.
 
 LoRA. A file is fused into the weights and its layers are taken out again, so that a LoRA costs nothing per step and
-what later compiles or quantises the model sees plain Linears. Lightning LoRAs distil the model to 4 or 8 steps on a
+what later fuses, records or quantises the model sees plain Linears, at the same addresses. Lightning LoRAs distil the model to 4 or 8 steps on a
 schedule of their own: with one of them, and only then, the scheduler is replaced.
 """
 
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from transformers import Qwen2VLProcessor
 
 from images import EditError
@@ -95,8 +97,8 @@ def find_lora(name: str, edition: str) -> tuple[str, str | None, bool]:
     )
 
 
-def add_lora(pipeline, name: str, edition: str, weight: float) -> bool:
-    """Fuses the LoRA `name` (see `find_lora`) into the transformer and says whether it is a Lightning one.
+def add_lora(pipeline, name: str, edition: str, weight: float) -> tuple[bool, list[str]]:
+    """Fuses the LoRA `name` (see `find_lora`) into the transformer: (whether it is a Lightning one, layers it changed).
 
     W + weight * (alpha / rank) * B @ A, for every key style that diffusers reads. Raises EditError for a weight that is
     no number and for a file that does not fit the model.
@@ -109,12 +111,50 @@ def add_lora(pipeline, name: str, edition: str, weight: float) -> bool:
         pipeline.load_lora_weights(folder, weight_name=file, adapter_name="fused")
         if not pipeline.get_list_adapters():  # diffusers only warns when no key belongs to the transformer
             raise ValueError("none of its keys belongs to the transformer")
+        layers = [name for name, layer in pipeline.transformer.named_modules() if isinstance(layer, BaseTunerLayer)]
         pipeline.fuse_lora(components=["transformer"], lora_scale=float(weight))
     except Exception as error:  # diffusers, peft, safetensors and the hub each have their own
         raise EditError(f'The LoRA "{where}" cannot be used with this model: {error}') from error
     finally:
         pipeline.unload_lora_weights()
-    return lightning
+    return lightning, layers
+
+
+def edition(transformer) -> str:
+    """"pocket", "2509" or "2511": no real Qwen-Image transformer has fewer than 20 blocks (it has 60)."""
+    if transformer.config.num_layers < 20:
+        return "pocket"
+    return "2511" if transformer.config.get("zero_cond_t") else "2509"
+
+
+def replace_lora(pipeline, origin: dict, lora: str | None, weight: float | None) -> None:
+    """Takes away the LoRA that `origin` names, fuses `lora` if it is one, and notes it there. Raises EditError."""
+    if origin["lora_layers"]:
+        restore_layers(pipeline.transformer, origin["folder"], origin["lora_layers"])
+        pipeline.scheduler = type(pipeline.scheduler).from_pretrained(str(origin["folder"]), subfolder="scheduler")
+    origin |= {"lora": None, "lora_weight": None, "lora_layers": []}
+    if lora is not None:
+        lightning, layers = add_lora(pipeline, lora, edition(pipeline.transformer), weight)
+        if lightning:
+            pipeline.scheduler = lightning_scheduler()
+        origin |= {"lora": lora, "lora_weight": float(weight), "lora_layers": layers}
+
+
+def restore_layers(transformer, folder: Path | None, layers: list[str]) -> None:
+    """Copies the named layers' weights from the model's folder over those in memory, where they lie.
+
+    Taking a LoRA away by subtraction would leave its rounding behind; the files have the weights as they were.
+    """
+    if folder is None:
+        raise EditError("This model was not read from a folder: the weights under its LoRA are gone. Load it anew.")
+    wanted = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    parameters = {name: p for name, p in transformer.named_parameters() if name in wanted}
+    for file in sorted((folder / "transformer").glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in parameters.keys() & set(tensors.keys()):
+                parameters.pop(name).data.copy_(tensors.get_tensor(name))
+    if parameters:
+        raise EditError(f"The folder {folder} has no {', '.join(sorted(parameters)[:3])}: the LoRA cannot be changed.")
 
 
 def usable_device(device: str | torch.device) -> torch.device:

@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from images import EditError, blend, fit
+from images import EditError, blend, download, fit
 
 logger = logging.getLogger(__name__)
 
@@ -658,7 +658,7 @@ class RealtimeEngine:
         )
         finite = torch.isfinite(latents).all()  # read after the decode is queued: reading it here would stall the GPU
         done("denoise")
-        image = pipe.decode(latents, width, height)[0].cpu().numpy()
+        image = download(pipe.decode(latents, width, height)[0])
         watch.mark("decode")
         if not finite:
             raise EditError(

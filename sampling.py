@@ -18,12 +18,16 @@ from images import EditError
 
 @dataclass(frozen=True)
 class Schedule:
-    """sigmas float32 (steps + 1,), from 1 down to 0; timesteps float32 (steps,); made for one output size in pixels."""
+    """sigmas float32 (steps + 1,), from 1 down to 0; timesteps float32 (steps,); made for one output size in pixels.
+
+    `times` are the timesteps as the host knows them: asking the device would wait for it.
+    """
 
     sigmas: torch.Tensor
     timesteps: torch.Tensor
     width: int
     height: int
+    times: tuple[float, ...]
 
 
 def noise_levels(scheduler, levels: np.ndarray, image_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ import functools
 import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from images import EditError, resample
+from images import EditError, named, resample
 
 Grid = tuple[int, int]  # (rows, columns)
 
@@ -42,6 +42,16 @@ def announce_pictures(count: int) -> str:
     return "".join(f"Picture {n}: <|vision_start|><|image_pad|><|vision_end|>" for n in range(1, count + 1))
 
 
+def prompts(prompt, may_be_empty: bool) -> list[str]:
+    """The prompt as a list of texts. A negative prompt may be empty; what asks for an edit may not."""
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(p, str) for p in texts):
+        raise EditError(f"The prompt is {named(prompt)}. Allowed: a text, or a list of texts.")
+    if not may_be_empty and not all(p.strip() for p in texts):
+        raise EditError("The prompt is empty. Say what to change in the picture.")
+    return list(texts)
+
+
 def layout(
     ids: list[int], image_id: int, grids: tuple[Grid, ...]
 ) -> tuple[list[int], list[tuple[int, int, int]], list[tuple[int, int]]]:
@@ -67,6 +77,25 @@ def layout(
         positions += [(position, position + r, position + c) for r in range(rows) for c in range(columns)]
         position += max(rows, columns)
     return spread, positions, places
+
+
+def pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows (1, L_i, D) as one (B, max L, D), zeros behind, and the mask (B, max L) of what is not; None if all is."""
+    lengths = [row.shape[1] for row in rows]
+    if len(rows) == 1:
+        return rows[0], None
+    if len(set(lengths)) == 1:
+        return torch.cat(rows), None
+    longest = max(lengths)
+    padded = torch.cat([torch.nn.functional.pad(row, (0, 0, 0, longest - row.shape[1])) for row in rows])
+    positions = torch.arange(longest, device=padded.device)
+    return padded, (positions < torch.tensor(lengths, device=padded.device)[:, None]).long()
+
+
+def unpad(embeds: torch.Tensor, mask: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
+    """Padded prompts one by one: (its place in the batch, (1, L_i, D)). Padding is behind the words, as `pad` puts it."""
+    lengths = mask.sum(1).tolist()
+    return [(slice(b, b + 1), embeds[b : b + 1, :length]) for b, length in enumerate(lengths)]
 
 
 @functools.lru_cache(maxsize=8)

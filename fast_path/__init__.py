@@ -5,11 +5,18 @@ takes everything out again, so the stock path stays reachable for comparison. No
 can tell apart from stock is rounding only.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+from fast_path.graphs import Graphs
+from fast_path.text_encoder import FusedTextEncoder
+from fast_path.transformer import FusedTransformer
 from fast_path.vae import SingleFrameVAE, single_frame_vae
+from loading import is_lightning
 
-__all__ = ["Applied", "SingleFrameVAE", "apply", "remove", "single_frame_vae"]
+__all__ = ["Applied", "FusedTextEncoder", "FusedTransformer", "SingleFrameVAE", "apply", "remove", "single_frame_vae"]
+
+PARTS = ("single_frame_vae", "fused_transformer", "fused_text_encoder")  # attributes of the pipeline
 
 
 class Applied(NamedTuple):
@@ -21,18 +28,74 @@ class Applied(NamedTuple):
 
 
 def apply(pipeline) -> list[Applied]:
-    """Puts every acceleration in that fits `pipeline`; sets `pipeline.single_frame_vae`. Call after `.to(device)`."""
-    report = []
-    try:
-        if hasattr(pipeline.vae, "_hf_hook"):
-            raise TypeError("the VAE is offloaded: its copy would stay behind")
-        pipeline.single_frame_vae = single_frame_vae(pipeline.vae)
-        report.append(Applied("single_frame_vae", True, "2-D convolutions, channels last; the temporal past is zeros"))
-    except TypeError as error:
-        report.append(Applied("single_frame_vae", False, str(error)))
+    """Puts every acceleration in that fits `pipeline` and sets its attributes of the same names. Call after `.to`."""
+    if in_use(pipeline):
+        remove(pipeline)
+    report, graphs = [], Graphs()  # one for all parts: they never run at once, so they share the memory
+
+    def put(name: str, make: Callable[[], tuple[Any, str]]) -> None:
+        try:
+            part, reason = make()
+            setattr(pipeline, name, part)
+            report.append(Applied(name, True, reason))
+        except (TypeError, ImportError) as error:
+            report.append(Applied(name, False, str(error)))
+
+    put("single_frame_vae", lambda: _vae(pipeline, graphs))
+    put("fused_transformer", lambda: _transformer(pipeline, graphs))
+    put("fused_text_encoder", lambda: _text_encoder(pipeline, graphs))
     return report
 
 
+def in_use(pipeline) -> bool:
+    """Whether any part is in."""
+    return any(getattr(pipeline, name) is not None for name in PARTS)
+
+
 def remove(pipeline) -> None:
-    """Back to the stock modules."""
-    pipeline.single_frame_vae = None
+    """Back to the stock modules, all of them where the pipeline is."""
+    if pipeline.fused_transformer is not None:
+        pipeline.fused_transformer.modulations.onload()
+    if pipeline.fused_text_encoder is not None:
+        pipeline.fused_text_encoder.onload()
+    for name in PARTS:
+        part = getattr(pipeline, name)
+        if part is not None:
+            part.graphs.clear()  # recordings hold the part that they belong to
+        setattr(pipeline, name, None)
+
+
+def _vae(pipeline, graphs: Graphs):
+    if hasattr(pipeline.vae, "_hf_hook"):
+        raise TypeError("the VAE is offloaded: its copy would stay behind")
+    reason = "2-D convolutions, channels last; the temporal past is zeros"
+    if pipeline.vae.device.type == "cuda":
+        reason += "; bias, shortcut, norm and SiLU in one kernel, bytes to latents and back in a CUDA graph each"
+    return single_frame_vae(pipeline.vae, graphs), reason
+
+
+def _transformer(pipeline, graphs: Graphs):
+    fused = FusedTransformer(pipeline.transformer, graphs)
+    reason = "q, k and v in one product, small operations fused, the last block's unread outputs left out"
+    times = _lightning_times(pipeline)
+    if times:
+        fused.modulations.get(times[0], times)
+    if freed := fused.modulations.offload():
+        reason += f", a CUDA graph a step, {freed / 1e9:.1f} GB of modulation weights moved to the CPU"
+    return fused, reason
+
+
+def _text_encoder(pipeline, graphs: Graphs):
+    fused = FusedTextEncoder(pipeline.text_encoder, graphs)
+    reason = "no questions to the GPU, windows of one size in one batch, q, k, v and gate, up in one product"
+    if freed := fused.offload():
+        reason += f", two CUDA graphs, {freed / 1e9:.1f} GB of vocabulary head moved to the CPU"
+    return fused, reason
+
+
+def _lightning_times(pipeline) -> tuple[float, ...]:
+    """What 1 to 8 steps will ask for, if the schedule is the same at all sizes, as Lightning's is."""
+    if not is_lightning(pipeline.scheduler):
+        return ()
+    size = pipeline.default_size
+    return tuple(dict.fromkeys(t for steps in range(1, 9) for t in pipeline.schedule(steps, size, size).times))

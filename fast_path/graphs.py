@@ -28,11 +28,11 @@ class _Recorded(NamedTuple):
 class Graphs:
     """Recordings of functions, bounded, least recently used out first. On a CPU functions simply run."""
 
-    def __init__(self, max_entries: int = 16, enabled: bool = True):
+    def __init__(self, max_entries: int = 48, enabled: bool = True):
         self.max_entries, self.enabled = max_entries, enabled
         self.recordings = 0  # how often something was recorded: a steady stream records nothing
         self._entries: OrderedDict[Hashable, _Recorded] = OrderedDict()
-        self._pool = None
+        self._pool = self._stream = None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -42,18 +42,19 @@ class Graphs:
 
         `key` names everything that the function depends on beside the inputs' shapes, dtypes and values. It must ask
         the GPU nothing, copy nothing from the host, and read no other tensors than the inputs and what it owns. The
-        first call for a key runs it twice before recording: caches fill and kernels compile there.
+        first call for a key runs it as it is, which fills caches and compiles kernels, and records it afterwards.
         """
         if not self.enabled or not inputs[0].is_cuda:
             return function(*inputs)
         key = (key, *((tuple(t.shape), t.dtype, t.device) for t in inputs))
         entry = self._entries.get(key)
         if entry is None:
-            entry = self._entries[key] = self._record(function, inputs)
+            outputs = function(*inputs)
+            self._entries[key] = self._record(function, inputs)
             if len(self._entries) > self.max_entries:
                 self._entries.popitem(last=False)
-        else:
-            self._entries.move_to_end(key)
+            return outputs
+        self._entries.move_to_end(key)
         for static, given in zip(entry.inputs, inputs, strict=True):
             static.copy_(given)
         entry.graph.replay()
@@ -66,18 +67,24 @@ class Graphs:
         self._pool = None
 
     def _record(self, function: Callable, inputs: tuple[torch.Tensor, ...]) -> _Recorded:
+        """Nothing runs here: the GPU goes on with what it was given before."""
         self.recordings += 1
         static = tuple(t.clone() for t in inputs)
-        stream = torch.cuda.Stream(static[0].device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                function(*static)
-        torch.cuda.current_stream().wait_stream(stream)
+        current = torch.cuda.current_stream()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()  # one for all: libraries keep a workspace for every stream they saw
+        self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            outputs = function(*static)
+        with torch.cuda.stream(self._stream):
+            # Not `with torch.cuda.graph(...)`: it collects Python's garbage and empties torch's memory cache first, which
+            # with a model of this size takes longer than the recording.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                outputs = function(*static)
+            finally:
+                graph.capture_end()
+        current.wait_stream(self._stream)
         single = isinstance(outputs, torch.Tensor)
         return _Recorded(graph, static, (outputs,) if single else tuple(outputs), single, function)

@@ -5,7 +5,15 @@ frame every convolution sees two frames of zeros in the past, so of each kernel 
 anything but zeros, and the temporal resampling layers do not run at all. What is left is an ordinary 2-D VAE with
 `weight[:, :, -1]`: a third of the multiplications, and kernels that libraries have tuned for years, in channels-last
 layout. It cannot code video; no module here asks for that.
+
+The layout inside is (B, H, W, C). The convolutions are the library's; a layer hands on what its convolution gave
+without bias and shortcut, and the next layer adds both in the pass in which it normalises, pads or upsamples (see
+`vae_kernels`). Convolutions over single pixels are matrix products.
 """
+
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,121 +29,247 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
 )
 from torch import nn
 
+from fast_path import vae_kernels
+from fast_path.graphs import Graphs
 
-def single_frame_vae(vae: AutoencoderKLQwenImage) -> "SingleFrameVAE":
+
+def single_frame_vae(vae: AutoencoderKLQwenImage, graphs: Graphs | None = None) -> "SingleFrameVAE":
     """The 2-D VAE that `vae` is for one frame, with its own channels-last copy of the weights (a third of them).
 
-    Raises TypeError if `vae` holds a layer whose 2-D form is not known here.
+    Raises TypeError if `vae` holds a layer whose 2-D form is not known here, ImportError on CUDA without Triton.
     """
-    return SingleFrameVAE(vae).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    if vae.device.type == "cuda" and vae_kernels.triton is None:
+        raise ImportError("the VAE's kernels need Triton, which is not installed")
+    return SingleFrameVAE(vae, graphs).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 class SingleFrameVAE(nn.Module):
-    """Same numbers as the VAE it was built from, for single frames: relative difference about 1e-6 in float32."""
+    """Same numbers as the VAE it was built from, for single frames: relative difference about 1e-6 in float32.
 
-    def __init__(self, vae: AutoencoderKLQwenImage):
+    `encode_picture` and `decode_picture` go from pixels to the transformer's tokens and back, each one recording of
+    `graphs` on CUDA: do not move or cast the module once they ran. `encode` and `decode` are the VAE alone, never
+    recorded.
+    """
+
+    def __init__(self, vae: AutoencoderKLQwenImage, graphs: Graphs | None = None):
         super().__init__()
+        self.graphs = Graphs() if graphs is None else graphs
         encoder, decoder = vae.encoder, vae.decoder
-        self.encoder = _chain(
-            encoder.conv_in, *encoder.down_blocks, encoder.mid_block,
-            encoder.norm_out, encoder.nonlinearity, encoder.conv_out, vae.quant_conv,
+        self.encoder = nn.Sequential(
+            _flat(encoder.conv_in), *map(_flat, encoder.down_blocks), _flat(encoder.mid_block),
+            _Head(encoder.norm_out, encoder.nonlinearity, encoder.conv_out),
+            # Of the distribution only the mode is wanted, the mean: the log-variance is the other half.
+            _pointwise(vae.quant_conv, vae.quant_conv.out_channels // 2),
         )  # fmt: skip
-        self.decoder = _chain(
-            vae.post_quant_conv, decoder.conv_in, decoder.mid_block, *decoder.up_blocks,
-            decoder.norm_out, decoder.nonlinearity, decoder.conv_out,
+        self.decoder = nn.Sequential(
+            _flat(vae.post_quant_conv), _flat(decoder.conv_in), _flat(decoder.mid_block),
+            *map(_flat, decoder.up_blocks), _Head(decoder.norm_out, decoder.nonlinearity, decoder.conv_out),
         )  # fmt: skip
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> the distribution's mode (B, z, H/8, W/8), not yet normalised."""
-        moments = self.encoder(pixels.contiguous(memory_format=torch.channels_last))
-        return moments.chunk(2, dim=1)[0]  # (mean, logvar)
+        return _run(self.encoder, pixels.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, z, H/8, W/8), denormalised -> (B, 3, H, W) in [-1, 1]."""
-        return self.decoder(latents.contiguous(memory_format=torch.channels_last)).clamp_(-1.0, 1.0)
+        return _run(self.decoder, latents.permute(0, 2, 3, 1)).clamp_(-1.0, 1.0).permute(0, 3, 1, 2)
+
+    def encode_picture(
+        self, pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Bytes (B, H, W, 3), H and W multiples of 16 -> packed normalised latents (B, H/16 * W/16, 4z) in `dtype`.
+
+        `mean` and `std` (z, 1, 1) are the latents', in the VAE's dtype.
+        """
+        function = partial(self._encode_picture, dtype=dtype)
+        return self.graphs.run(("encode_picture", id(self), dtype), function, pixels, mean, std)
+
+    def decode_picture(
+        self, latents: torch.Tensor, height: int, width: int, mean: torch.Tensor, std: torch.Tensor
+    ) -> torch.Tensor:
+        """Packed normalised latents (B, height/16 * width/16, 4z) -> bytes (B, height, width, 3)."""
+        function = partial(self._decode_picture, height=height, width=width)
+        return self.graphs.run(("decode_picture", id(self), height, width), function, latents, mean, std)
+
+    def _encode_picture(self, pixels, mean, std, dtype) -> torch.Tensor:
+        x = _run(self.encoder, (pixels.float() / 255.0 * 2.0 - 1.0).to(mean.dtype))  # (B, h, w, z)
+        x = ((x - mean.flatten()) / std.flatten()).to(dtype)
+        b, h, w, z = x.shape
+        # A token is two by two latent pixels, channel by channel.
+        return x.view(b, h // 2, 2, w // 2, 2, z).permute(0, 1, 3, 5, 2, 4).reshape(b, h * w // 4, 4 * z)
+
+    def _decode_picture(self, latents, mean, std, height, width) -> torch.Tensor:
+        b, h, w, z = latents.shape[0], height // 8, width // 8, mean.numel()
+        x = latents.to(mean.dtype).view(b, h // 2, w // 2, z, 2, 2).permute(0, 1, 4, 2, 5, 3).reshape(b, h, w, z)
+        x = x / (1.0 / std.flatten()) + mean.flatten()
+        # To [0, 1], then clamped: the same as clamped to [-1, 1] before.
+        pixels = (_run(self.decoder, x) * 0.5 + 0.5).clamp_(0.0, 1.0)
+        return (pixels.float() * 255.0).round_().to(torch.uint8)
 
 
-def _chain(*modules: nn.Module) -> nn.Sequential:
-    return nn.Sequential(*[_flat(module) for module in modules])
+class _Sum(NamedTuple):
+    """A picture (B, H, W, C) that is still to be summed: a convolution's result, its bias (C,), and the shortcut."""
+
+    x: torch.Tensor
+    bias: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+
+
+def _run(part: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    """Encoder or decoder, (B, H, W, C) to (B, H', W', C')."""
+    with _tuned_convolutions(x.device):
+        return vae_kernels.add(*part(_Sum(x.contiguous())))
+
+
+@contextmanager
+def _tuned_convolutions(device: torch.device):
+    """Lets cuDNN time its algorithms when it first sees a shape; they differ by factors. Nothing to do on a CPU."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        with torch.cuda.device(device):  # Triton launches on the current one
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+# The layers: each takes a _Sum and returns one. ---------------------------------------------------------------------
 
 
 def _flat(module: nn.Module) -> nn.Module:
     """The 2-D form of one of the VAE's layers."""
     if isinstance(module, QwenImageCausalConv3d):
-        return _conv2d(module)
-    if isinstance(module, QwenImageRMS_norm):
-        return _ChannelNorm(module)
+        return _Convolution(module) if module.kernel_size[-1] > 1 else _pointwise(module)
     if isinstance(module, QwenImageResidualBlock):
         return _Residual(module)
     if isinstance(module, QwenImageAttentionBlock):
         return _Attention(module)
     if isinstance(module, QwenImageResample):
-        return _chain(*module.resample) if isinstance(module.resample, nn.Sequential) else nn.Identity()
+        return _Resample(*module.resample) if isinstance(module.resample, nn.Sequential) else nn.Identity()
     if isinstance(module, QwenImageMidBlock):
         first, *rest = module.resnets
         pairs = [part for pair in zip(module.attentions, rest, strict=True) for part in pair if part is not None]
-        return _chain(first, *pairs)
+        return nn.Sequential(*map(_flat, [first, *pairs]))
     if isinstance(module, QwenImageUpBlock):
-        return _chain(*module.resnets, *(module.upsamplers or []))
-    if isinstance(module, nn.Conv2d):
-        return _copy_conv2d(module, module.weight, module.padding)
-    if isinstance(module, nn.SiLU):
-        return nn.SiLU(inplace=True)  # it always follows a norm, whose result nobody else reads
-    if isinstance(module, (nn.Upsample, nn.ZeroPad2d, nn.Identity)):
-        return module  # no weights: shared
-    raise TypeError(f"{type(module).__name__} has no known 2-D form")
+        return nn.Sequential(*map(_flat, [*module.resnets, *(module.upsamplers or [])]))
+    raise _unknown(module)
 
 
-def _conv2d(conv: QwenImageCausalConv3d) -> nn.Conv2d:
+def _unknown(module: nn.Module) -> TypeError:
+    return TypeError(f"{type(module).__name__} has no known 2-D form")
+
+
+def _weight(conv: QwenImageCausalConv3d | nn.Conv2d) -> torch.Tensor:
+    """(C', C, k, k): of a causal convolution what a first frame meets."""
+    if isinstance(conv, nn.Conv2d):
+        return conv.weight.detach()
     if conv.stride[0] != 1:
         raise TypeError(f"a convolution with temporal stride {conv.stride[0]} has no known 2-D form")
-    # `_padding` is (left, right, top, bottom, past, future); the class keeps it apart from nn.Conv3d's own.
-    return _copy_conv2d(conv, conv.weight[:, :, -1], (conv._padding[2], conv._padding[0]))
+    return conv.weight.detach()[:, :, -1]
 
 
-def _copy_conv2d(conv: nn.Module, weight: torch.Tensor, padding: tuple[int, int]) -> nn.Conv2d:
-    out_channels, in_channels, *kernel = weight.shape
-    flat = nn.Conv2d(
-        in_channels, out_channels, kernel, conv.stride[-2:], padding, device=weight.device, dtype=weight.dtype
-    )
-    flat.weight.data.copy_(weight)
-    flat.bias.data.copy_(conv.bias)
-    return flat
+class _Convolution(nn.Module):
+    """A convolution that leaves its bias to whoever reads it."""
 
-
-class _ChannelNorm(nn.Module):
-    """RMS norm over the channels, in float32 for half precision as in the VAE."""
-
-    def __init__(self, norm: QwenImageRMS_norm):
+    def __init__(self, conv: QwenImageCausalConv3d | nn.Conv2d):
         super().__init__()
-        self.scale = norm.scale
-        self.gamma = nn.Parameter(norm.gamma.detach().reshape(-1, 1, 1).clone())
+        weight = _weight(conv)
+        self.channels = weight.shape[0]
+        # Tensor cores take channels by eight. Pixels have three: zeros beside them change no sum.
+        self.weight = nn.Parameter(F.pad(weight, (0, 0, 0, 0, 0, -weight.shape[1] % 8, 0, -weight.shape[0] % 8)))
+        self.bias = nn.Parameter(conv.bias.detach().clone())
+        self.stride = conv.stride[-2:]
+        # `_padding` is (left, right, top, bottom, past, future); the class keeps it apart from nn.Conv3d's own.
+        self.padding = conv.padding if isinstance(conv, nn.Conv2d) else (conv._padding[2], conv._padding[0])
+
+    def forward(self, sum_: _Sum) -> _Sum:
+        x = vae_kernels.add(*sum_)
+        if x.shape[-1] < self.weight.shape[1]:
+            x = F.pad(x, (0, self.weight.shape[1] - x.shape[-1]))
+        x = F.conv2d(x.permute(0, 3, 1, 2), self.weight, None, self.stride, self.padding).permute(0, 2, 3, 1)
+        return _Sum(x[..., : self.channels].contiguous(), self.bias)  # copies only if there are channels to drop
+
+
+class _Pointwise(nn.Linear):
+    def forward(self, sum_: _Sum) -> _Sum:
+        return _Sum(super().forward(vae_kernels.add(*sum_)))
+
+
+def _pointwise(conv: QwenImageCausalConv3d | nn.Conv2d, channels: int | None = None) -> _Pointwise:
+    """A convolution over single pixels as a matrix product: its first `channels` outputs, or all."""
+    weight = _weight(conv)[:channels, :, 0, 0]
+    linear = _Pointwise(*reversed(weight.shape), device=weight.device, dtype=weight.dtype)
+    linear.weight.data.copy_(weight)
+    linear.bias.data.copy_(conv.bias[:channels])
+    return linear
+
+
+class _Norm(nn.Module):
+    """The sum, and its RMS norm over the channels, through SiLU where a nonlinearity is given."""
+
+    def __init__(self, norm: QwenImageRMS_norm, nonlinearity: nn.Module | None = None):
+        super().__init__()
         if not isinstance(norm.bias, float):
             raise TypeError("a norm with bias has no known 2-D form")
+        if not isinstance(nonlinearity, (nn.SiLU, type(None))):
+            raise _unknown(nonlinearity)
+        self.silu = nonlinearity is not None
+        self.gamma = nn.Parameter(norm.gamma.detach().flatten().clone())
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        exact = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        length = torch.linalg.vector_norm(exact, dim=1, keepdim=True).clamp_min_(1e-12)
-        return (exact * (self.scale / length)).to(x.dtype).mul_(self.gamma)
+    def forward(self, sum_: _Sum, keep_sum: bool = False) -> tuple[torch.Tensor | None, torch.Tensor]:
+        return vae_kernels.add_norm(*sum_, self.gamma, silu=self.silu, keep_sum=keep_sum)
 
 
 class _Residual(nn.Module):
     def __init__(self, block: QwenImageResidualBlock):
         super().__init__()
-        self.branch = _chain(block.norm1, block.nonlinearity, block.conv1, block.norm2, block.nonlinearity, block.conv2)
-        self.shortcut = _flat(block.conv_shortcut)
+        self.norm1, self.conv1 = _Norm(block.norm1, block.nonlinearity), _flat(block.conv1)
+        self.norm2, self.conv2 = _Norm(block.norm2, block.nonlinearity), _flat(block.conv2)
+        self.shortcut = None if isinstance(block.conv_shortcut, nn.Identity) else _flat(block.conv_shortcut)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.branch(x).add_(self.shortcut(x))
+    def forward(self, sum_: _Sum) -> _Sum:
+        residual, x = self.norm1(sum_, keep_sum=True)
+        _, x = self.norm2(self.conv1(_Sum(x)))
+        x, bias, _ = self.conv2(_Sum(x))
+        return _Sum(x, bias, residual if self.shortcut is None else self.shortcut(_Sum(residual)).x)
 
 
 class _Attention(nn.Module):
     def __init__(self, block: QwenImageAttentionBlock):
         super().__init__()
-        self.norm, self.to_qkv, self.proj = _flat(block.norm), _flat(block.to_qkv), _flat(block.proj)
+        self.norm, self.to_qkv, self.proj = _Norm(block.norm), _pointwise(block.to_qkv), _pointwise(block.proj)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        b, c, h, w = x.shape
-        qkv = self.to_qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(b, 1, h * w, 3 * c)
-        out = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))  # one head of all channels
-        return self.proj(out.reshape(b, h, w, c).permute(0, 3, 1, 2)).add_(x)
+    def forward(self, sum_: _Sum) -> _Sum:
+        residual, x = self.norm(sum_, keep_sum=True)
+        qkv = self.to_qkv(_Sum(x)).x  # (B, H, W, 3 C)
+        x = vae_kernels.attention(qkv.flatten(1, 2)).view_as(x)
+        return _Sum(F.linear(x, self.proj.weight), self.proj.bias, residual)
+
+
+class _Resample(nn.Module):
+    """To half the size: zeros below and to the right, every second pixel. To double: every pixel four times."""
+
+    def __init__(self, change: nn.Upsample | nn.ZeroPad2d, conv: nn.Conv2d):
+        super().__init__()
+        if isinstance(change, nn.Upsample) and change.scale_factor == (2.0, 2.0) and change.mode == "nearest-exact":
+            self.change = vae_kernels.add_upsample
+        elif isinstance(change, nn.ZeroPad2d) and change.padding == (0, 1, 0, 1):
+            self.change = vae_kernels.add_pad
+        else:
+            raise _unknown(change)
+        self.conv = _Convolution(conv)
+
+    def forward(self, sum_: _Sum) -> _Sum:
+        return self.conv(_Sum(self.change(*sum_)))
+
+
+class _Head(nn.Module):
+    def __init__(self, norm: QwenImageRMS_norm, nonlinearity: nn.Module, conv: QwenImageCausalConv3d):
+        super().__init__()
+        self.norm, self.conv = _Norm(norm, nonlinearity), _Convolution(conv)
+
+    def forward(self, sum_: _Sum) -> _Sum:
+        return self.conv(_Sum(self.norm(sum_)[1]))

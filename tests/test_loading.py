@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 
 import loading
-from cached_pipeline import CachedQwenImageEditPipeline, is_pocket, load_pipeline
+from cached_pipeline import CachedQwenImageEditPipeline, load_pipeline
 from images import EditError
 
 LORA_LINEARS = (
@@ -23,10 +23,10 @@ LORA_STYLES = {  # (down, up, prefix, alpha stored)
 }
 
 
-def write_lora(path, transformer, style="lightning", rank=4, alpha=8.0):
+def write_lora(path, transformer, style="lightning", rank=4, alpha=8.0, seed=0):
     """A LoRA over the 12 Linears of each block as a file; returns the change W gets at weight 1, by parameter."""
     down_name, up_name, prefix, has_alpha = LORA_STYLES[style]
-    random, state, deltas = torch.Generator().manual_seed(0), {}, {}
+    random, state, deltas = torch.Generator().manual_seed(seed), {}, {}
     for block in range(len(transformer.transformer_blocks)):
         for linear in LORA_LINEARS:
             name = f"transformer_blocks.{block}.{linear}"
@@ -81,6 +81,73 @@ def test_known_lightning_files():
         load_pipeline("pocket", lora="lightning-4")
 
 
+def transformer_state(pipe):
+    return {name: p.detach().clone() for name, p in pipe.transformer.named_parameters()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_lora_changed_at_run_time_gives_the_weights_of_a_fresh_start(pocket, tmp_path, fast):
+    for seed, name in enumerate(("one", "two")):
+        write_lora(tmp_path / f"{name}.safetensors", pocket.transformer, seed=seed)
+    one, two = (str(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+    pipe = load_pipeline("pocket", lora=one)
+    if fast:
+        pipe.enable_fast_path()
+    addresses = {name: p.data_ptr() for name, p in pipe.transformer.named_parameters()}
+    assert pipe.change_lora(two, 0.5) > 0
+    assert same(transformer_state(pipe), transformer_state(load_pipeline("pocket", lora=two, lora_weight=0.5)))
+    assert (pipe.description["lora"], pipe.description["lora_weight"]) == (two, 0.5)
+    pipe.change_lora(two, 2.0)
+    assert same(transformer_state(pipe), transformer_state(load_pipeline("pocket", lora=two, lora_weight=2.0)))
+    pipe.change_lora(None)
+    assert same(transformer_state(pipe), transformer_state(load_pipeline("pocket")))
+    assert pipe.description["lora"] is None
+    assert addresses == {name: p.data_ptr() for name, p in pipe.transformer.named_parameters()}, "changed in place"
+
+
+def test_the_fast_path_edits_with_the_changed_lora(pocket, tmp_path, photo):
+    path = tmp_path / "strong.safetensors"
+    write_lora(path, pocket.transformer)
+    pipe = load_pipeline("pocket")
+    pipe.enable_fast_path()
+
+    def edit(pipe):
+        return pipe(photo(64, 64), "sepia", width=64, height=64, num_inference_steps=2, true_cfg_scale=1.0,
+                    generator=torch.Generator().manual_seed(0), output_type="latent").images  # fmt: skip
+
+    before = edit(pipe)
+    pipe.change_lora(str(path), 1.0)
+    plain = load_pipeline("pocket", lora=str(path))
+    assert (edit(pipe) - edit(plain)).abs().max() < 1e-4
+    assert (edit(pipe) - before).abs().max() > 1e-3, "the LoRA does something"
+
+
+def test_a_lora_that_cannot_be_used_leaves_the_former_one_in_place(pocket, tmp_path):
+    write_lora(tmp_path / "good.safetensors", pocket.transformer)
+    pipe = load_pipeline("pocket", lora=str(tmp_path / "good.safetensors"), lora_weight=0.7)
+    before = transformer_state(pipe)
+    with pytest.raises(EditError):
+        pipe.change_lora(str(tmp_path / "missing.safetensors"))
+    assert same(transformer_state(pipe), before)
+    assert pipe.description["lora_weight"] == 0.7
+
+
+def test_a_lightning_lora_taken_away_gives_the_model_its_own_schedule_back(pocket, tmp_path):
+    base = tmp_path / "base"
+    pocket.save_pretrained(base)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift_terminal=0.02, use_dynamic_shifting=True)
+    scheduler.save_pretrained(base / "scheduler")
+    write_lora(tmp_path / "x-Lightning.safetensors", pocket.transformer)
+    pipe = load_pipeline(str(base), lora=str(tmp_path / "x-Lightning.safetensors"))
+    assert pipe.description["scheduler"] == "lightning"
+    pipe.change_lora(None)
+    assert pipe.description["scheduler"] == "base"
+
+
 def test_where_a_lora_may_lie(tmp_path):
     (tmp_path / "a.safetensors").touch()
     assert loading.find_lora(str(tmp_path / "a.safetensors"), "2509") == (str(tmp_path), "a.safetensors", False)
@@ -118,7 +185,7 @@ def test_loading_tells_its_progress_and_describes_itself():
     }  # fmt: skip
     assert description["parameters"] > 1_000_000
     json.dumps(description)
-    assert is_pocket(pipe) and pipe.default_size == 256
+    assert loading.edition(pipe.transformer) == "pocket" and pipe.default_size == 256
 
 
 def test_a_saved_pipeline_is_an_ordinary_folder(pocket, tmp_path, photo):

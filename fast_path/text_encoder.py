@@ -1,0 +1,359 @@
+"""The vision-language model as two functions of tensors that a CUDA graph can hold: what it sees, what it reads.
+
+transformers' vision tower asks the GPU how long its windows are and attends to them one after the other, in every
+block: 41 ms for one picture on an H200, for one teraflop of work. All of that follows from the picture's grid, so here
+it is worked out once for each grid, on the host, and kept. Attention does not care in which order windows come: they
+are sorted by size, and all of one size are one batch. Inside there are no questions and no masks.
+
+Both towers are the same pre-norm block (RMS norm, attention with rotary positions, gated feed-forward), so one function
+runs either, in few kernels: what is multiplied with the same input is one multiplication (q/k/v; gate and up), the
+residual stream is added to in place, and a rotation is three kernels. The weights are the loaded modules' own. To be
+multiplied at once they have to lie side by side: their storage is laid out anew and each Parameter becomes a view of
+its part, so memory does not grow and the modules' own forward still runs, on the same numbers.
+
+There is no vocabulary head, no key/value cache and no batch: one picture and one prompt at a time.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate, groupby
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from fast_path.graphs import Graphs
+
+Grid = tuple[int, int]  # (rows, columns) of patches
+
+# Matrix multiplications are at their fastest if rows begin at multiples of 16 bytes, 8 numbers in half precision. The
+# real vision tower's feed-forward is 3420 wide, which is none: its rows are kept 3424 apart.
+_ALIGNMENT = 8
+# A CUDA graph is recorded for each length in multiples of this: one for most prompts.
+_LENGTHS = 32
+# Where the classes come from whose arithmetic is known here: a quantised or adapted layer has another home.
+_KNOWN_HOMES = (Qwen2_5_VLForConditionalGeneration.__module__, "transformers.activations")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Norm(NamedTuple):
+    weight: torch.Tensor
+    eps: float
+
+
+class _Linear(NamedTuple):
+    weight: torch.Tensor  # (outputs, inputs)
+    bias: torch.Tensor | None
+
+
+class _Block(NamedTuple):
+    """One block of either tower."""
+
+    norm1: _Norm
+    qkv: _Linear
+    out: _Linear
+    norm2: _Norm
+    gate_up: _Linear
+    down: _Linear
+    activation: Callable
+    heads: int
+    kv_heads: int
+    scale: float
+
+
+class _Layout(NamedTuple):
+    """What follows from a grid of n patches. In window order, patches of a window and windows of a size are together."""
+
+    order: torch.Tensor  # (n,) where each patch of window order comes from
+    back: torch.Tensor  # (n / merge^2,) where each merged token lies in window order
+    cos: torch.Tensor  # (n, 1, 2, head_dim / 2) float32, in window order
+    sin: torch.Tensor  # the same, the first half negated
+    windows: tuple[tuple[int, int], ...]  # (how many windows, patches in each)
+
+
+class FusedTextEncoder:
+    """A loaded Qwen2.5-VL's vision tower (`see`) and language model (`read`), one CUDA graph replay each.
+
+    The results are the modules' own up to rounding (about 1e-6 in float32). Layers of `text_encoder` share their
+    storage afterwards; build it again after moving the model, whose weights are elsewhere then. Raises TypeError, and
+    has changed nothing, if the model's form is not known here.
+    """
+
+    def __init__(self, text_encoder: Qwen2_5_VLForConditionalGeneration, graphs: Graphs | None = None):
+        _check(text_encoder)
+        try:
+            visual, language_model = text_encoder.model.visual, text_encoder.model.language_model
+            self._check_towers(visual, language_model)
+            self._merge, self._full = visual.spatial_merge_size, frozenset(visual.fullatt_block_indexes)
+            self._window = visual.window_size // self._merge // visual.patch_size  # its side in merged tokens
+            patches = visual.patch_embed.proj
+            # The kernel is as large as its stride: every patch meets every weight once, as in a Linear.
+            self._patches = _Linear(patches.weight.data.flatten(1), None if patches.bias is None else patches.bias.data)
+            self._merger, self._merger_norm = visual.merger.mlp, _norm(visual.merger.ln_q)
+            self._vision_rotary, self._text_rotary = visual.rotary_pos_emb, language_model.rotary_emb
+            self._norm = _norm(language_model.norm)
+            self._head, self._words = text_encoder.lm_head, language_model.embed_tokens
+            vision = [_vision_parts(block) for block in visual.blocks]
+            text = [_text_parts(layer) for layer in language_model.layers]
+        except AttributeError as error:  # another transformers than those this was written for
+            raise TypeError(f"this Qwen2.5-VL is built otherwise: {error}") from error
+        self._vision_blocks = [_block(*parts) for parts in vision]
+        self._text_blocks = [_block(*parts) for parts in text]
+        self.graphs = Graphs() if graphs is None else graphs
+        # Not bounded: there are only as many grids as aspect ratios of one area, and one takes half a megabyte.
+        self._layouts: dict[Grid, _Layout] = {}
+
+    @torch.no_grad()
+    def see(self, values: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """`visual(values, grid_thw=[[1, rows, columns]]).pooler_output`: (n, D) of n merged tokens, row by row.
+
+        `values` (rows * columns, C * T * P * P) are one picture's patches as the image processor orders them. Raises
+        ValueError if they do not fit `grid`, or the grid cannot be merged.
+        """
+        rows, columns = grid = tuple(grid)
+        if len(values) != rows * columns or rows % self._merge or columns % self._merge:
+            raise ValueError(f"{len(values)} patches, grid {grid}: want rows * columns, multiples of {self._merge}")
+        if grid not in self._layouts:
+            self._layouts[grid] = self._lay_out(rows, columns)
+        return self.graphs.run((self, "see", grid), partial(self._see, self._layouts[grid]), values)
+
+    @torch.no_grad()
+    def read(self, embeds: torch.Tensor, positions: torch.Tensor, skip: int = 0) -> torch.Tensor:
+        """`language_model(inputs_embeds=embeds, position_ids=positions).last_hidden_state[:, skip:]`.
+
+        `embeds` (1, L, D) are tokens with the pictures' features in their places, `positions` (3, 1, L) their time, row
+        and column; (1, L - skip, D) comes back. What no one attends to any more is not computed for the skipped rows.
+        Raises ValueError for a batch.
+        """
+        if len(embeds) != 1:
+            raise ValueError(f"a batch of {len(embeds)} was given: rows are read one at a time")
+        length = embeds.shape[1]
+        if embeds.is_cuda:  # few lengths are recorded; the attention is causal, so rows behind the last change nothing
+            padding = _round_up(length, _LENGTHS) - length
+            embeds, positions = F.pad(embeds, (0, 0, 0, padding)), F.pad(positions, (0, padding))
+        return self.graphs.run((self, "read", skip), partial(self._read, skip), embeds, positions)[:, : length - skip]
+
+    def offload(self) -> int:
+        """Moves the vocabulary head, which nobody reads here, to the CPU if it is on a GPU; returns the bytes freed."""
+        head, words = self._head.weight, self._words.weight
+        if not head.is_cuda or head.data_ptr() == words.data_ptr():
+            return 0
+        self._head.to("cpu")
+        return head.nbytes
+
+    def onload(self) -> None:
+        """Brings it back, for whoever runs the whole model."""
+        self._head.to(self._words.weight.device)
+
+    def _see(self, layout: _Layout, values: torch.Tensor) -> torch.Tensor:
+        x = F.linear(values.to(self._patches.weight.dtype).index_select(0, layout.order), *self._patches)
+        everything = ((1, len(x)),)
+        for i, block in enumerate(self._vision_blocks):
+            windows = everything if i in self._full else layout.windows
+            _attend_(x, block, layout.cos, layout.sin, windows)
+            _feed_forward_(x, block)
+        x = _normalise(x, self._merger_norm).view(len(layout.back), -1)
+        return self._merger(x).index_select(0, layout.back)
+
+    def _read(self, skip: int, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        x = embeds[0].clone()  # it is added to, and the input is the caller's
+        cos, sin = _halves(*(table[0] for table in self._text_rotary(embeds, positions)))
+        for block in self._text_blocks[:-1]:
+            _attend_(x, block, cos, sin, ((1, len(x)),), causal=True)
+            _feed_forward_(x, block)
+        _attend_(x, self._text_blocks[-1], cos, sin, ((1, len(x)),), causal=True, skip=skip)
+        x = x[skip:]
+        _feed_forward_(x, self._text_blocks[-1])
+        return _normalise(x, self._norm).unsqueeze(0)
+
+    def _lay_out(self, rows: int, columns: int) -> _Layout:
+        merge = self._merge
+        shape = (rows // merge, columns // merge)
+        tokens = torch.arange(shape[0] * shape[1]).view(shape)
+        windows = [
+            window.flatten() for band in tokens.split(self._window) for window in band.split(self._window, dim=1)
+        ]
+        windows.sort(key=len, reverse=True)  # at the right and lower border they are smaller
+        merged = torch.cat(windows)
+        order = (merged[:, None] * merge**2 + torch.arange(merge**2)).flatten()
+        positions = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)
+        # The patches of a merged token are neighbours in the input.
+        positions = positions.view(shape[0], merge, shape[1], merge, 2).transpose(1, 2).reshape(-1, 2)[order]
+        weight = self._patches.weight
+        cos, sin = _halves(*self._vision_rotary(weight, positions.to(weight.device)))
+        return _Layout(
+            order.to(weight.device),
+            torch.argsort(merged).to(weight.device),
+            cos,
+            sin,
+            tuple((len(list(same)), size * merge**2) for size, same in groupby(windows, key=len)),
+        )
+
+    @staticmethod
+    def _check_towers(visual: nn.Module, language_model: nn.Module) -> None:
+        """The settings under which the arithmetic here is the towers'. Raises TypeError."""
+        patches = visual.patch_embed.proj
+        if patches.kernel_size != patches.stride or any(patches.padding) or patches.groups != 1:
+            raise TypeError("the patch embedding's kernel is not its stride: not known here as one multiplication")
+        if any(layer.self_attn.sliding_window is not None for layer in language_model.layers):
+            raise TypeError("the language model attends within a sliding window, which is not known here")
+        if language_model.rotary_emb.rope_type != "default":
+            raise TypeError(f'the rotary positions are "{language_model.rotary_emb.rope_type}", not "default"')
+
+
+def _attend_(
+    x: torch.Tensor,
+    block: _Block,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    windows: tuple[tuple[int, int], ...],
+    causal: bool = False,
+    skip: int = 0,
+) -> None:
+    """The first half of a block, added to `x` (n, D), to its rows behind `skip` only. `windows` as in `_Layout`."""
+    qkv = F.linear(_normalise(x, block.norm1), *block.qkv)
+    qkv = qkv.view(len(x), block.heads + 2 * block.kv_heads, -1)
+    _rotate_(qkv[:, : block.heads + block.kv_heads], cos, sin)
+    parts, start = [], 0
+    for count, size in windows:
+        part = qkv[start : start + count * size].unflatten(0, (count, size)).transpose(1, 2)
+        q, k, v = part.split((block.heads, block.kv_heads, block.kv_heads), dim=1)  # (windows, heads, size, head_dim)
+        part = F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, scale=block.scale, enable_gqa=block.heads != block.kv_heads
+        )
+        parts.append(part.transpose(1, 2).reshape(count * size, -1))
+        start += count * size
+    attended = parts[0] if len(parts) == 1 else torch.cat(parts)
+    _add_linear_(x[skip:], attended[skip:], block.out)
+
+
+def _feed_forward_(x: torch.Tensor, block: _Block) -> None:
+    """The second half of a block, added to `x` (n, D)."""
+    gate, up = F.linear(_normalise(x, block.norm2), *block.gate_up).chunk(2, dim=-1)
+    _add_linear_(x, block.activation(gate).mul_(up), block.down)
+
+
+def _add_linear_(x: torch.Tensor, values: torch.Tensor, linear: _Linear) -> None:
+    """x += linear(values)"""
+    if linear.bias is None:
+        x.addmm_(values, linear.weight.t())  # one kernel
+    else:
+        x.add_(F.linear(values, *linear))
+
+
+def _normalise(x: torch.Tensor, norm: _Norm) -> torch.Tensor:
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+
+
+def _rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotates (n, heads, head_dim) in place by `_halves`, in the dtype of those; they serve all heads."""
+    halves = x.unflatten(-1, (2, -1))
+    torch.addcmul(halves * cos, halves.flip(-2), sin, out=halves)
+
+
+def _halves(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n, head_dim) as transformers has them -> (n, 1, 2, head_dim / 2), the sine's first half negated.
+
+    (a, b) is rotated to (a cos - b sin, b cos + a sin): with that sign, x cos + swapped x sin.
+    """
+    cos, sin = (table.unflatten(-1, (2, -1)).unsqueeze(1) for table in (cos, sin))
+    return cos.contiguous(), torch.cat((-sin[:, :, :1], sin[:, :, 1:]), dim=2)
+
+
+def _check(text_encoder: nn.Module) -> None:
+    """Raises TypeError unless this is a plain, loaded Qwen2.5-VL, all of it on one device in one dtype."""
+    if type(text_encoder) is not Qwen2_5_VLForConditionalGeneration:
+        raise TypeError(f"a {type(text_encoder).__name__} is not known here, only Qwen2_5_VLForConditionalGeneration")
+    kinds = set()
+    for name, module in text_encoder.named_modules():
+        home = type(module).__module__
+        if hasattr(module, "_hf_hook"):
+            raise TypeError("the text encoder is offloaded: its weights come and go")
+        if home not in _KNOWN_HOMES and not home.startswith("torch.nn.modules."):
+            raise TypeError(f"{name} is a {type(module).__name__}, which is not known here")
+        if "forward" in vars(module):
+            raise TypeError(f"the forward of {name or 'the text encoder'} has been replaced, perhaps to offload it")
+        for parameter in module.parameters(recurse=False):
+            if type(parameter) is not nn.Parameter or parameter.dtype not in _DTYPES or parameter.is_meta:
+                raise TypeError(f"a weight of {name} is no plain one: {type(parameter).__name__}, {parameter.dtype}")
+            kinds.add((str(parameter.device), str(parameter.dtype)))
+    if len(kinds) != 1:
+        raise TypeError(f"the weights are not all of one kind: {sorted(kinds)}")
+
+
+def _vision_parts(block: nn.Module) -> tuple:
+    """`_block`'s arguments."""
+    attention, mlp, heads = block.attn, block.mlp, block.attn.num_heads
+    return (
+        block.norm1, [attention.qkv], attention.proj,
+        block.norm2, [mlp.gate_proj, mlp.up_proj], mlp.down_proj,
+        mlp.act_fn, heads, heads, attention.scaling,
+    )  # fmt: skip
+
+
+def _text_parts(layer: nn.Module) -> tuple:
+    """`_block`'s arguments."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return (
+        layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj], attention.o_proj,
+        layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj], mlp.down_proj,
+        mlp.act_fn, attention.num_heads, attention.num_key_value_heads, attention.scaling,
+    )  # fmt: skip
+
+
+def _block(norm1, projections, out, norm2, gate_up, down, activation, heads, kv_heads, scale) -> _Block:
+    block = _Block(
+        _norm(norm1), _stack(projections), _stack([out]),
+        _norm(norm2), _stack(gate_up, _ALIGNMENT), _widen(down, _ALIGNMENT),
+        activation, heads, kv_heads, scale,
+    )  # fmt: skip
+    if out.weight.is_cuda:
+        torch.cuda.empty_cache()  # the pieces left behind are too small for the next block: they would pile up
+    return block
+
+
+def _norm(norm: nn.Module) -> _Norm:
+    return _Norm(norm.weight.data, norm.variance_epsilon)
+
+
+def _stack(linears: list[nn.Linear], multiple: int = 1) -> _Linear:
+    """Linears of the same input as one, outputs side by side, each filled up with zeros to a multiple of `multiple`."""
+    starts = [0, *accumulate(_round_up(linear.out_features, multiple) for linear in linears)]
+    places = [slice(start, start + linear.out_features) for start, linear in zip(starts, linears)]
+    weight = _share([linear.weight for linear in linears], (starts[-1], linears[0].in_features), places)
+    if linears[0].bias is None:
+        return _Linear(weight, None)
+    return _Linear(weight, _share([linear.bias for linear in linears], (starts[-1],), places))
+
+
+def _widen(linear: nn.Linear, multiple: int) -> _Linear:
+    """A Linear whose inputs are filled up to a multiple of `multiple`; the weights there are zeros."""
+    shape = (linear.out_features, _round_up(linear.in_features, multiple))
+    weight = _share([linear.weight], shape, [(slice(None), slice(linear.in_features))])
+    return _Linear(weight, None if linear.bias is None else linear.bias.data)
+
+
+def _share(parameters: list[nn.Parameter], shape: tuple[int, ...], places: list) -> torch.Tensor:
+    """One tensor of `shape`, zeros but for the parameters, each of which becomes the view of it at its place.
+
+    Where they lie like that already, they are left alone: building anew beside an older one costs no memory.
+    """
+    first = parameters[0]
+    storage = first.untyped_storage()
+    if storage.nbytes() == math.prod(shape) * first.element_size():
+        shared = first.data.new_empty(0).set_(storage, 0, shape)
+        views = [shared[place] for place in places]
+        if all(p.data_ptr() == view.data_ptr() and p.stride() == view.stride() for p, view in zip(parameters, views)):
+            return shared
+    shared = first.data.new_zeros(shape)
+    for parameter, place in zip(parameters, places):
+        shared[place].copy_(parameter.data)
+        parameter.data = shared[place]
+    return shared
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

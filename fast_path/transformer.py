@@ -1,0 +1,274 @@
+"""The transformer of Qwen-Image written for one GPU and few rows: the stock model's weights, a third of its kernels.
+
+At 256x256 a frame has some 500 image tokens and 220 of text, and every block reads 450 MB of weights for them. What
+costs is, in this order: launching kernels, reading weights for the text's few rows, and passing activations through
+memory between operations that do almost nothing. So here
+- a block is twelve kernels: four matrix products for each stream, with bias and GELU inside them, one attention, and
+  three small fused operations (see `kernels`) over the rows of both streams; q, k and v are one product, written where
+  attention reads them;
+- the last block computes what the output reads: noise tokens. Its text and its references end as keys and values;
+- times are looked up (`modulation`), rotary tables are made once for each layout, and a whole step is one CUDA graph.
+
+Running the text's products beside the image's on a second GPU stream gained nothing on an H200: each fills the chip.
+
+The weights are the loaded model's own. q, k and v of each stream are moved into one piece of memory, and the layers'
+parameters become views of it, so that the stock model still runs on them and nothing is held twice.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from diffusers import QwenImageTransformer2DModel
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0, QwenEmbedRope
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from content_cache import ContentCache
+from fast_path import kernels
+from fast_path.graphs import Graphs
+from fast_path.kernels import Rows, qk_norm_rope, residual_norm_modulate
+from fast_path.modulation import Modulations
+
+
+class FusedTransformer:
+    """`velocity` is the stock model's output for the noise tokens, up to rounding.
+
+    Raises TypeError for a model whose layers are not those that are written down here, ImportError on CUDA without Triton.
+    """
+
+    def __init__(self, transformer: QwenImageTransformer2DModel, graphs: Graphs | None = None):
+        _check(transformer)
+        self.transformer = transformer
+        self.modulations = Modulations(transformer)
+        self.graphs = graphs or Graphs()
+        self.attention_backends: dict[tuple, SDPBackend] = {}
+        self._ropes = ContentCache(32)
+        first = transformer.transformer_blocks[0]
+        self.heads, self.width = first.num_attention_heads, first.dim
+        self.eps, self.qk_eps = first.img_norm1.eps, first.attn.norm_q.eps
+        self.blocks = [_Block(block) for block in transformer.transformer_blocks]
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.proj_out.weight.device
+
+    @torch.no_grad()
+    def velocity(
+        self,
+        latents: torch.Tensor,
+        conditions: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        shapes: tuple[tuple[int, int, int], ...],
+        time: float,
+        times: tuple[float, ...] = (),
+    ) -> torch.Tensor:
+        """(B, N, C) for latents (B, N, C), references (B, M, C) and unpadded prompts (B, T, J).
+
+        `shapes` are the output's and the references' (frames, rows, columns) of tokens; `time` is the schedule's
+        timestep, `times` all that it will ask for: what has to be computed for a time is computed for all at once.
+        """
+        blocks, out = self.modulations.get(time, times)
+        rope = self._rope(shapes, prompt_embeds.shape[1])
+        step = partial(self._step, *rope)
+        return self.graphs.run(shapes, step, latents, conditions, prompt_embeds, blocks, out)
+
+    def weights_changed(self, layers: set[str]) -> None:
+        """To be told when the named layers' weights were changed in place: what was computed from them is forgotten."""
+        if any("_mod." in name or name.startswith(("time_text_embed", "norm_out")) for name in layers):
+            self.modulations.clear()
+        for block in self.blocks:
+            block.check()
+
+    def _step(self, cos, sin, latents, conditions, prompt_embeds, modulation, out) -> torch.Tensor:
+        model, (batch, noise) = self.transformer, latents.shape[:2]
+        text = prompt_embeds.shape[1]
+        rows = Rows(batch * text, noise + conditions.shape[1], noise)
+        words = model.txt_in(model.txt_norm(prompt_embeds))
+        x = torch.cat([words.flatten(0, 1), model.img_in(torch.cat([latents, conditions], dim=1)).flatten(0, 1)])
+        shift, scale = modulation[0, :, 0], modulation[0, :, 1]
+        h = residual_norm_modulate(x, None, None, shift, scale, rows, self.eps)
+        for i, block in enumerate(self.blocks[:-1]):
+            now, then = modulation[i].unbind(1), modulation[i + 1].unbind(1)  # six of (3, D) each
+            heard = _by_stream(self._attend(self._qkv(block, h, batch, text, cos, sin)), text)
+            y = block.out(heard, rows.text)
+            h = residual_norm_modulate(x, y, now[2], now[3], now[4], rows, self.eps)
+            y = block.mlp(h, rows.text)
+            h = residual_norm_modulate(x, y, now[5], then[0], then[1], rows, self.eps)
+        # The last block: keys and values of all, the rest for the noise alone.
+        block, now = self.blocks[-1], modulation[-1].unbind(1)
+        heard = self._attend(self._qkv(block, h, batch, text, cos, sin), slice(text, text + noise)).flatten(0, 1)
+        x = x[rows.text :].view(batch, -1, self.width)[:, :noise].reshape(-1, self.width)
+        alone = Rows(0, noise, noise)
+        h = residual_norm_modulate(x, block.out(heard, 0), now[2], now[3], now[4], alone, self.eps)
+        y = block.mlp(h, 0)
+        h = residual_norm_modulate(x, y, now[5], *out.unsqueeze(1).expand(-1, 3, -1), alone, model.norm_out.norm.eps)
+        return model.proj_out(h).view(batch, noise, -1)
+
+    def _qkv(self, block: "_Block", h: torch.Tensor, batch: int, text: int, cos, sin) -> torch.Tensor:
+        """(B, S, 3, H, d), text first, queries and keys normed and turned."""
+        length = h.shape[0] // batch
+        qkv = _by_row(block.qkv(h, batch * text), batch, text).view(
+            batch, length, 3, self.heads, self.width // self.heads
+        )
+        qk_norm_rope(qkv, text, block.norms, cos, sin, self.qk_eps)
+        return qkv
+
+    def _attend(self, qkv: torch.Tensor, queries: slice | None = None) -> torch.Tensor:
+        """(B, S or queries, D) from (B, S, 3, H, d)."""
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+        q = q if queries is None else q[:, :, queries]
+        if not q.is_cuda:
+            heard = F.scaled_dot_product_attention(q, k, v)
+        else:
+            with sdpa_kernel(self._backend(q, k, v)):
+                heard = F.scaled_dot_product_attention(q, k, v)
+        return heard.transpose(1, 2).flatten(2)
+
+    def _backend(self, q, k, v) -> SDPBackend:
+        """Chosen by measurement for lengths of the same order: a prompt of one word more measures nothing anew."""
+        key = (q.shape[0], q.shape[2].bit_length(), k.shape[2].bit_length(), q.dtype)
+        if key not in self.attention_backends:
+            self.attention_backends[key] = _fastest_backend(q, k, v)
+        return self.attention_backends[key]
+
+    def _rope(self, shapes, text: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, float32 (S, d / 2), text first."""
+
+        def make():
+            image, words = self.transformer.pos_embed([list(shapes)], max_txt_seq_len=text, device=self.device)
+            both = torch.cat([words, image])
+            return both.real.contiguous(), both.imag.contiguous()
+
+        return self._ropes.get((shapes, text), make)
+
+
+class _Block:
+    """The layers of one block, for rows that begin with `text` rows of text. q, k and v share memory from here on."""
+
+    def __init__(self, block):
+        attention = block.attn
+        self._qkv = (
+            _Merged([attention.add_q_proj, attention.add_k_proj, attention.add_v_proj]),
+            _Merged([attention.to_q, attention.to_k, attention.to_v]),
+        )
+        norms = (attention.norm_q, attention.norm_k, attention.norm_added_q, attention.norm_added_k)
+        self.norms = torch.stack([norm.weight.data for norm in norms]).view(2, 2, -1)  # [image or text][q or k]
+        self._out = (attention.to_add_out, attention.to_out[0])
+        self._up = (block.txt_mlp.net[0].proj, block.img_mlp.net[0].proj)
+        self._down = (block.txt_mlp.net[2], block.img_mlp.net[2])
+
+    def qkv(self, h: torch.Tensor, text: int) -> torch.Tensor:
+        """(R, D) -> (R, 3 D)"""
+        return _by_two(self._qkv, h, text)
+
+    def check(self) -> None:
+        """RuntimeError if a layer's weight no longer is the part of the merged one that it was."""
+        for merged in self._qkv:
+            merged.check()
+
+    def out(self, heard: torch.Tensor, text: int) -> torch.Tensor:
+        """(R, D) -> (R, D)"""
+        return _by_two(self._out, heard, text)
+
+    def mlp(self, h: torch.Tensor, text: int) -> torch.Tensor:
+        """(R, D) -> (R, D)"""
+        return _by_two(self._down, _by_two(self._up, h, text, gelu=True), text)
+
+
+class _Merged:
+    """Linear layers of one input as one; the layers' parameters become views of its memory."""
+
+    def __init__(self, layers: list[nn.Linear]):
+        self._layers = layers
+        self.weight = _merge([layer.weight for layer in layers])
+        self.bias = _merge([layer.bias for layer in layers])
+
+    def check(self) -> None:
+        whole = self.weight.untyped_storage().data_ptr()
+        if any(layer.weight.untyped_storage().data_ptr() != whole for layer in self._layers):
+            raise RuntimeError(
+                "a layer's weight was replaced, not changed in place: the fast path has to be put in anew"
+            )
+
+
+def _by_two(layers: tuple, x: torch.Tensor, text: int, gelu: bool = False) -> torch.Tensor:
+    """The first layer on the first `text` rows, the second on the others, into one tensor."""
+    y = x.new_empty(x.shape[0], layers[0].weight.shape[0])
+    for layer, rows in zip(layers, (slice(0, text), slice(text, None)), strict=True):
+        part = x[rows]
+        if part.shape[0] == 0:
+            continue
+        if gelu and x.is_cuda:  # in the matrix product's epilogue, which has the tanh form, as the model has
+            torch._addmm_activation(layer.bias, part, layer.weight.t(), use_gelu=True, out=y[rows])
+        else:
+            torch.addmm(layer.bias, part, layer.weight.t(), out=y[rows])
+    return F.gelu(y, approximate="tanh") if gelu and not x.is_cuda else y
+
+
+def _by_row(x: torch.Tensor, batch: int, text: int) -> torch.Tensor:
+    """(B * T + B * N, W), all text before all image, -> (B, T + N, W). A view if B is 1."""
+    if batch == 1:
+        return x.unsqueeze(0)
+    words, image = x.split([batch * text, x.shape[0] - batch * text])
+    return torch.cat([words.view(batch, text, -1), image.view(batch, -1, x.shape[1])], dim=1)
+
+
+def _by_stream(x: torch.Tensor, text: int) -> torch.Tensor:
+    """(B, T + N, W) -> (B * T + B * N, W): the way back. A view if B is 1."""
+    return x[0] if x.shape[0] == 1 else torch.cat([x[:, :text].flatten(0, 1), x[:, text:].flatten(0, 1)])
+
+
+def _merge(parameters: list[nn.Parameter]) -> torch.Tensor:
+    """The parameters in one piece of memory, each of them a view of its part of it."""
+    first = parameters[0].data
+    whole = torch.cat([p.data for p in parameters])
+    for p, part in zip(parameters, whole.split(first.shape[0]), strict=True):
+        p.data = part
+    return whole
+
+
+@torch.no_grad()
+def _fastest_backend(q, k, v) -> SDPBackend:
+    """The attention that takes the least time for this shape, of those that torch has for it here."""
+    times = {}
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        try:
+            with sdpa_kernel(backend):
+                for _ in range(2):
+                    F.scaled_dot_product_attention(q, k, v)
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                for _ in range(5):
+                    F.scaled_dot_product_attention(q, k, v)
+                end.record()
+                end.synchronize()
+                times[backend] = begin.elapsed_time(end)
+        except RuntimeError:  # not for this shape or this GPU
+            continue
+    return min(times, key=times.get) if times else SDPBackend.MATH
+
+
+def _check(transformer) -> None:
+    """TypeError unless every layer is of the kind that is written down above, ImportError on CUDA without Triton."""
+    if type(transformer) is not QwenImageTransformer2DModel:
+        raise TypeError(f"the transformer is a {type(transformer).__name__}")
+    if transformer.device.type == "cuda" and kernels.triton is None:
+        raise ImportError("its kernels need Triton, which is not installed")
+    if hasattr(transformer, "_hf_hook"):
+        raise TypeError("the transformer is offloaded: its weights come and go")
+    config = transformer.config
+    if (
+        config.guidance_embeds
+        or config.get("use_additional_t_cond")
+        or type(transformer.pos_embed) is not QwenEmbedRope
+    ):
+        raise TypeError("this variant of the transformer is not written down here")
+    if config.attention_head_dim & (config.attention_head_dim - 1):
+        raise TypeError(f"heads of {config.attention_head_dim} numbers: only powers of two are written down here")
+    for block in transformer.transformer_blocks:
+        if type(block.attn.processor) is not QwenDoubleStreamAttnProcessor2_0:
+            raise TypeError(f"the attention is a {type(block.attn.processor).__name__}")
+    wrapped = {type(m) for m in transformer.modules() if isinstance(m, nn.Linear) or hasattr(m, "base_layer")}
+    if wrapped - {nn.Linear}:
+        raise TypeError(f"layers of the kind {', '.join(sorted(t.__name__ for t in wrapped - {nn.Linear}))}")

@@ -1,0 +1,235 @@
+"""The fused transformer, its kernels and the modulation cache against the stock model that they stand for."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import QwenImageTransformer2DModel
+
+from cached_pipeline import load_pipeline
+from fast_path.graphs import Graphs
+from fast_path.modulation import Modulations
+from fast_path.transformer import FusedTransformer
+
+ROOT = Path(__file__).resolve().parent.parent
+# The same operations in another grouping: float32 rounding, seen up to 4e-6 on velocities of about 4.
+TOLERANCE = 1e-4
+LAYOUTS = {
+    "one reference": ((1, 8, 8), (1, 8, 8)),
+    "a wide picture, a small reference": ((1, 4, 12), (1, 4, 4)),
+    "three references": ((1, 4, 4), (1, 4, 4), (1, 2, 6), (1, 4, 2)),
+}
+
+
+def small_model(**changes) -> QwenImageTransformer2DModel:
+    """Real classes, small, with weights that leave nothing at its neutral value."""
+    torch.manual_seed(0)
+    sizes = {"num_layers": 3, "attention_head_dim": 32, "num_attention_heads": 3, "joint_attention_dim": 48}
+    model = QwenImageTransformer2DModel(**sizes, axes_dims_rope=(8, 12, 12), **changes).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def inputs(model, layout, batch=1, text=11, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = [rows * columns for _, rows, columns in layout]
+    sizes = ((tokens[0], 64), (sum(tokens[1:]), 64), (text, model.config.joint_attention_dim))
+    return [torch.randn(batch, *size, generator=generator) for size in sizes]
+
+
+@torch.no_grad()
+def stock(model, latents, conditions, embeds, layout, time):
+    return model(
+        hidden_states=torch.cat([latents, conditions], 1),
+        timestep=torch.full((latents.shape[0],), time) / 1000,
+        encoder_hidden_states=embeds,
+        img_shapes=[list(layout)] * latents.shape[0],
+        return_dict=False,
+    )[0][:, : latents.shape[1]]
+
+
+@pytest.mark.parametrize("zero_cond_t", [False, True], ids=["2509", "2511"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_fused_transformer_is_the_stock_one(layout, batch, zero_cond_t):
+    model = small_model(zero_cond_t=zero_cond_t)
+    given = inputs(model, layout, batch)
+    expected = {time: stock(model, *given, layout, time) for time in (1000.0, 750.0)}
+    fused = FusedTransformer(model)
+    for time, velocity in expected.items():
+        difference = (fused.velocity(*given, layout, time) - velocity).abs().max().item()
+        assert difference < TOLERANCE, difference
+    assert (expected[1000.0] - expected[750.0]).abs().max() > 0.01, "the time matters"
+
+
+def test_the_stock_model_still_runs_on_the_fused_weights_and_nothing_is_held_twice(tmp_path):
+    model = small_model()
+    given = inputs(model, LAYOUTS["one reference"])
+    before = stock(model, *given, LAYOUTS["one reference"], 500.0)
+    FusedTransformer(model)
+    assert torch.equal(stock(model, *given, LAYOUTS["one reference"], 500.0), before)
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    assert sum(storages.values()) == sum(p.nbytes for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    again = QwenImageTransformer2DModel.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_the_modulation_cache_is_exact_and_computes_each_time_once():
+    for zero_cond_t in (False, True):
+        model = small_model(zero_cond_t=zero_cond_t)
+        cache, calls = Modulations(model), []
+        model.transformer_blocks[0].img_mod.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        blocks, out = cache.get(750.0, (1000.0, 750.0))
+        assert len(calls) == 2
+        cache.get(1000.0, (1000.0, 750.0))
+        assert len(calls) == 2, "the schedule's other time was computed with it"
+        with torch.no_grad():
+            t = torch.tensor([750.0, 0.0][: 1 + zero_cond_t]) / 1000
+            temb = model.time_text_embed(t, torch.zeros(1))
+            for i, block in enumerate(model.transformer_blocks):
+                image = block.img_mod(temb).view(-1, 6, model.inner_dim)
+                assert torch.equal(blocks[i, 0], block.txt_mod(temb[:1]).view(6, -1))
+                assert torch.equal(blocks[i, 1], image[0]) and torch.equal(blocks[i, 2], image[-1])
+            scale, shift = model.norm_out.linear(model.norm_out.silu(temb[:1])).chunk(2, dim=1)
+            assert torch.equal(out, torch.cat([shift, scale]))
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda model: setattr(model, "_hf_hook", object()), "offloaded"),
+        (lambda model: setattr(model, "pos_embed", torch.nn.Identity()), "variant"),
+        (lambda model: setattr(model.transformer_blocks[1].attn, "processor", print), "attention"),
+        (lambda model: setattr(model, "img_in", type("Int4Linear", (torch.nn.Linear,), {})(64, 96)), "Int4Linear"),
+    ],
+)
+def test_a_model_of_another_form_is_refused_with_its_reason(change, says):
+    model = small_model()
+    change(model)
+    with pytest.raises(TypeError, match=says):
+        FusedTransformer(model)
+
+
+def test_weights_that_were_replaced_instead_of_changed_are_noticed():
+    model = small_model()
+    fused = FusedTransformer(model)
+    fused.weights_changed({"transformer_blocks.0.attn.to_k"})
+    model.transformer_blocks[0].attn.to_k.weight.data = model.transformer_blocks[0].attn.to_k.weight.data.clone()
+    with pytest.raises(RuntimeError, match="replaced"):
+        fused.weights_changed({"transformer_blocks.0.attn.to_k"})
+
+
+def test_a_changed_modulation_weight_changes_the_velocity():
+    model = small_model()
+    fused, given, layout = FusedTransformer(model), inputs(model, LAYOUTS["one reference"]), LAYOUTS["one reference"]
+    fused.velocity(*given, layout, 500.0)
+    with torch.no_grad():
+        model.transformer_blocks[0].img_mod[1].weight.mul_(1.5)
+    fused.weights_changed({"transformer_blocks.0.img_mod.1"})
+    assert (fused.velocity(*given, layout, 500.0) - stock(model, *given, layout, 500.0)).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_pipeline_denoises_the_same_with_and_without(pocket, photo, steps):
+    def latents(pipe, guided=False):
+        embeds, mask = pipe.encode_prompt("make it a pencil sketch", photo(128, 128))
+        negative = pipe.encode_prompt("blurred, dark", photo(128, 128))[0] if guided else None
+        references = pipe.encode_references(photo(128, 128), area=128 * 128)
+        noise, schedule = pipe.initial_noise(128, 128, 3), pipe.schedule(steps, 128, 128)
+        scale = 3.0 if guided else 1.0
+        return pipe.denoise(noise, references, embeds, mask, schedule, negative_prompt_embeds=negative, cfg_scale=scale)
+
+    plain = {guided: latents(pocket, guided) for guided in (False, True)}
+    pocket.enable_fast_path()
+    try:
+        ran = []
+        pocket.transformer.register_forward_pre_hook(lambda *_: ran.append(1))
+        for guided, expected in plain.items():
+            difference = (latents(pocket, guided) - expected).abs().max().item()
+            assert difference < TOLERANCE, difference
+        assert not ran, "the stock transformer was not needed"
+    finally:
+        pocket.transformer._forward_pre_hooks.clear()
+        pocket.disable_fast_path()
+
+
+def test_prompts_of_different_lengths_share_a_batch(pocket, photo):
+    def latents():
+        embeds, mask = pocket.encode_prompt(["sepia", "turn this into an oil painting"], photo(64, 64))
+        assert mask is not None
+        references = pocket.encode_references(photo(64, 64), area=64 * 64)
+        return pocket.denoise(pocket.initial_noise(64, 64, 0, 2), references, embeds, mask, pocket.schedule(2, 64, 64))
+
+    plain = latents()
+    pocket.enable_fast_path()
+    try:
+        difference = (latents() - plain).abs().max().item()
+        assert difference < TOLERANCE, difference
+    finally:
+        pocket.disable_fast_path()
+
+
+def test_the_times_of_one_to_eight_steps_are_ready_when_the_fast_path_is_in():
+    pipe = load_pipeline("pocket")
+    pipe.enable_fast_path()
+    misses = pipe.fused_transformer.modulations.summary()["misses"]
+    for steps in range(1, 9):
+        schedule = pipe.schedule(steps, 256, 256)
+        for time in schedule.times:
+            pipe.fused_transformer.modulations.get(time, schedule.times)
+    assert pipe.fused_transformer.modulations.summary()["misses"] == misses
+
+
+def test_on_the_cpu_a_graph_is_the_function_itself():
+    graphs, calls = Graphs(), []
+
+    def double(x):
+        calls.append(1)
+        return x * 2
+
+    x = torch.ones(2)
+    assert torch.equal(graphs.run("double", double, x), x * 2)
+    graphs.run("double", double, x)
+    assert len(calls) == 2 and len(graphs) == 0
+
+
+KERNELS = """
+import torch
+from fast_path import kernels
+
+torch.manual_seed(0)
+for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.08)):  # an ulp of bfloat16 at 8 is 0.0625
+    x, y, table = (torch.randn(*s).to(dtype) for s in ((15, 100), (15, 100), (3, 6, 100)))
+    for rows in (kernels.Rows(3, 6, 4), kernels.Rows(0, 5, 5), kernels.Rows(1, 14, 2)):
+        for added in (y, None):
+            now, a, b = table.unbind(1), x.clone(), x.clone()
+            expected = kernels.residual_norm_modulate(a, added, now[2], now[3], now[4], rows, 1e-6)
+            got = kernels._residual_norm_modulate_cuda(b, added, now[2], now[3], now[4], rows, 1e-6)
+            assert (got.float() - expected.float()).abs().max() < tolerance, (dtype, rows, added is None)
+            assert (a.float() - b.float()).abs().max() < tolerance
+    for heads in (3, 8, 9):
+        qkv, weights = torch.randn(2, 7, 3, heads, 16).to(dtype), torch.randn(2, 2, 16).to(dtype)
+        cos, sin = torch.randn(7, 8), torch.randn(7, 8)
+        a, b = qkv.clone(), qkv.clone()
+        kernels.qk_norm_rope(a, 3, weights, cos, sin, 1e-6)
+        kernels._qk_norm_rope_cuda(b, 3, weights, cos, sin, 1e-6)
+        assert (a.float() - b.float()).abs().max() < 4 * tolerance, (dtype, heads)
+        assert torch.equal(a[:, :, 2], qkv[:, :, 2]) and torch.equal(b[:, :, 2], qkv[:, :, 2]), "values stay"
+        assert not torch.equal(a[:, :, :2], qkv[:, :, :2])
+print("kernels agree")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_triton_kernels_compute_what_their_definitions_say():
+    """In Triton's interpreter, which has to be asked for before Triton is imported: in a process of its own."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", KERNELS], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0 and "kernels agree" in done.stdout, done.stderr[-2000:]
