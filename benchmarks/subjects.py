@@ -22,6 +22,7 @@ from PIL import Image
 import loading
 from benchmarks.instruments import Clock
 from cached_pipeline import CachedQwenImageEditPipeline
+from images import download
 
 PROMPT = "make it a pencil sketch"
 NEGATIVE_PROMPT = " "
@@ -110,7 +111,7 @@ class Ours(Subject):
             negative_prompt_embeds=negative, negative_mask=negative_mask, cfg_scale=case.cfg,
         )  # fmt: skip
         clock.mark("denoise")
-        result = pipeline.decode(latents, width, height).cpu().numpy()
+        result = download(pipeline.decode(latents, width, height))
         clock.mark("decode")
         clock.tokens = {"noise": noise.shape[1], "reference": references.latents.shape[1], "text": embeds.shape[1]}
         if negative is not None:
@@ -235,6 +236,7 @@ class Models:
 
     ours: CachedQwenImageEditPipeline
     fast_path: list = field(default_factory=list)
+    probe: dict = field(default_factory=dict)  # the plain path's numbers, for `accuracy`
 
     def __post_init__(self):
         self.stock = QwenImageEditPlusPipelineWithMarks(**self.ours.components)
