@@ -16,7 +16,7 @@ Cases are the product of the axes, or a suite of such products. `vlm`: `fresh` r
 `cached` keeps the first picture's embeddings. Stock is always fresh, scales references to a megapixel, and takes no batches.
 
 The file: {"device", versions, "commit", "start", "ceiling_tflops", "fast_path", "phases", "rows", "left_out"}, and with
-`--accuracy` how far the fast path's numbers are from the plain one's (see `accuracy`). A row has
+`--probes` "accuracy" and "new_prompts" (see `probes`). A row has
 the case, then `median_ms` and `p95_ms` of `runs` frames, `fps` (pictures a second), `first_frame_s` (the first frame of
 the case, with compilation or recording, in no other figure), `peak_memory_gb` during the timed frames and
 `resident_memory_gb` before them, `stages_ms` (medians), `tokens`, `blocks_run` (below 1 where some are skipped), the
@@ -49,7 +49,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import accuracy
+from benchmarks import probes
 from benchmarks.instruments import Clock, Memory, ceiling_tflops, denoise_flop, pictures
 from benchmarks.subjects import PHASES, SUBJECTS, Case, LeftOutError, Models, Phase, Subject, as_run, random_pipeline
 from benchmarks.tables import ROOT, write_tables
@@ -280,10 +280,12 @@ def run_phase(
         if models.fast_path and "fast" in names:
             result.data["start"]["fast_path_s"] = spent_s
             result.data["fast_path"] = [line._asdict() for line in models.fast_path]
-        if args.accuracy and "plain" in names:
-            models.probe = accuracy.plain(models.ours)
-        elif args.accuracy and "fast" in names and models.probe:
-            result.data["accuracy"] = accuracy.compare(models.ours, models.probe)
+        if args.probes and "plain" in names:
+            models.probe = probes.plain(models.ours)
+        elif args.probes and "fast" in names:
+            if models.probe:
+                result.data["accuracy"] = probes.compare(models.ours, models.probe)
+            result.data["new_prompts"] = probes.new_prompts(models.ours)
         for i, (case, wanted) in enumerate(todo):
             if budget.is_over():
                 result.leave_out(wanted, case, "the time given was over")
@@ -386,7 +388,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--warmup", type=int, default=2, help="frames before them (default 2); the first is timed apart"
     )
     parser.add_argument("--seconds", type=float, help="end after about so many, with every case that fits")
-    parser.add_argument("--accuracy", action="store_true", help="also compare the fast path's numbers with the plain's")
+    parser.add_argument(
+        "--probes", action="store_true", help="also how exact the fast path is, and the cost of a new prompt"
+    )
     parser.add_argument("--commit", help="where the code runs without its git history")
     parser.add_argument("--out", type=Path, help="result file to write")
     parser.add_argument("--tables", action="store_true", help="only rewrite the README's tables from the result files")

@@ -236,7 +236,7 @@ class Models:
 
     ours: CachedQwenImageEditPipeline
     fast_path: list = field(default_factory=list)
-    probe: dict = field(default_factory=dict)  # the plain path's numbers, for `accuracy`
+    probe: dict = field(default_factory=dict)  # the plain path's numbers, for `probes`
 
     def __post_init__(self):
         self.stock = QwenImageEditPlusPipelineWithMarks(**self.ours.components)

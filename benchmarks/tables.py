@@ -45,6 +45,7 @@ def _table(path: Path) -> str:
     if rows:
         lines = [columns, ["---"] * len(columns), *zip(*columns.values(), strict=True)]
         parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    parts += filter(None, (_accuracy(result.get("accuracy")), _new_prompts(result.get("new_prompts"))))
     # Of single cases the file tells; here only who is missing altogether.
     absent = [f"{name} ({why})" for name, why in result.get("left_out", {}).items() if ":" not in name]
     if absent:
@@ -61,6 +62,25 @@ def _start(result: dict) -> str:
         "fast path on in {:.3g} s": start.get("fast_path_s"),
     }
     return "".join("; " + text.format(value) for text, value in known.items() if value is not None)
+
+
+def _accuracy(found: dict | None) -> str:
+    if found is None:
+        return ""
+    fast, other, levels = found["fast"], found["plain_in_another_order"], found["decoded_levels"]
+    return (
+        f"How exact, at {found['width']}x{found['width']} and {found['steps']} steps, as relative differences from the plain path: "
+        f"latents {fast['latents']:.2g} (the plain path with its sums in another order: {other['latents']:.2g}), "
+        f"embeddings {fast['embeddings']:.2g} ({other['embeddings']:.2g}), reference latents {fast['references']:.2g}; the "
+        f"decoded picture differs by {levels['mean']:.2g} levels of 255 on average, {levels['max']} at most."
+    )
+
+
+def _new_prompts(found: list[dict] | None) -> str:
+    if not found:
+        return ""
+    delays = ", ".join(f"{entry['extra_ms']:.0f} ms ({entry['text_tokens']} text tokens)" for entry in found)
+    return f"A prompt of a new length costs its first frame, at 512x512: {delays}."
 
 
 def _asked(row: dict) -> tuple:

@@ -15,6 +15,7 @@ The weights are the loaded model's own. q, k and v of each stream are moved into
 parameters become views of it, so that the stock model still runs on them and nothing is held twice.
 """
 
+import warnings
 from functools import partial
 
 import torch
@@ -71,7 +72,7 @@ class FusedTransformer:
         blocks, out = self.modulations.get(time, times)
         rope = self._rope(shapes, prompt_embeds.shape[1])
         step = partial(self._step, *rope)
-        return self.graphs.run(shapes, step, latents, conditions, prompt_embeds, blocks, out)
+        return self.graphs.run(("velocity", shapes), step, latents, conditions, prompt_embeds, blocks, out)
 
     def weights_changed(self, layers: set[str]) -> None:
         """To be told when the named layers' weights were changed in place: what was computed from them is forgotten."""
@@ -234,7 +235,8 @@ def _fastest_backend(q, k, v) -> SDPBackend:
     times = {}
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         try:
-            with sdpa_kernel(backend):
+            with sdpa_kernel(backend), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns of each reason why a backend is not for this shape
                 for _ in range(2):
                     F.scaled_dot_product_attention(q, k, v)
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

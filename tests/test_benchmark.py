@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import benchmark, subjects
+from benchmarks import benchmark, probes, subjects
 from benchmarks.benchmark import MIN_RUNS, SUITES, ResultFile, Trial, main, measure, plan, products
 from benchmarks.instruments import Clock, Memory, ceiling_tflops, denoise_flop, pictures
 from benchmarks.subjects import NEGATIVE_PROMPT, PROMPT, Case, LeftOutError, Models, Ours, Stock, as_run
@@ -283,3 +283,22 @@ def test_tables_can_be_made_of_the_files_in_the_project():
     text = tables()
     for path in benchmark.ROOT.glob("benchmarks/results/*.json"):
         assert f"(`benchmarks/results/{path.name}`)" in text
+
+
+def test_the_probes_tell_an_exact_path_from_a_wrong_one(pocket, monkeypatch):
+    monkeypatch.setattr(probes, "SIZE", 64)
+    pocket.caches_enabled = False
+    known = probes.plain(pocket)
+    assert 0 < known["shuffled"]["latents"] < 1e-5 and 0 < known["shuffled"]["embeddings"] < 1e-5
+    pocket.enable_fast_path()
+    try:
+        assert max(probes.compare(pocket, known)["fast"].values()) < 1e-5
+        pocket.fused_transformer.blocks[2].norms.mul_(1.1)
+        wrong = probes.compare(pocket, known)["fast"]
+        assert wrong["latents"] > 1e-3 and wrong["embeddings"] < 1e-5
+        assert [entry["text_tokens"] for entry in probes.new_prompts(pocket)] == sorted(
+            {entry["text_tokens"] for entry in probes.new_prompts(pocket)}
+        ), "every prompt is of another length"
+    finally:
+        pocket.disable_fast_path()
+        pocket.caches_enabled = True
