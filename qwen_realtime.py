@@ -6,12 +6,14 @@ in the pipeline needs a lock. Everything torch does for a frame happens there; c
 A session is one person's stream. Its mailbox has one slot and the newest frame wins: a frame that waited behind a
 newer one would only be shown late, so it is dropped and counted. Results go the same way: `latest()` and the async
 iterator hold one slot each, a slow reader misses pictures and never builds a queue. The next frame is taken from the
-session whose last service lies furthest back (`next_session`), so a fast sender cannot starve a slow one. Scheduling,
-idling and rates are pure functions with the clock passed in; every clock here is monotonic, in seconds.
+session whose last service lies furthest back, so a fast sender cannot starve a slow one. Whom to serve, whom to free
+and when to do less are pure functions in `policies`; every clock here is monotonic, in seconds.
 
-Settings live in two frozen dataclasses and nowhere else: `EngineConfig` when the engine is built, `EditParams` with
-each frame. `LIMITS` and `CHOICES` are what a page or a schema reads to draw its controls. A frame carries its own
-params, so a change of settings never reaches a frame that is already running.
+Settings live in two frozen dataclasses (`settings`): `EngineConfig` when the engine is built, `EditParams` with each
+frame. A frame carries its own params, so a change of settings never reaches a frame that is already running.
+
+What a session may use again is its own: the last picture, repeated at once when a frame is like the one before
+(`skip_similar`), and the last embeddings (`embeds`). Any change of prompt, setting or size computes a frame.
 
 Failures: what a person can act on is an `EditError`. Whatever else a frame raises is logged with its traceback and
 reported to its own session as an `EditError`; the thread goes on with the next frame. Cancelling raises inside the
@@ -27,135 +29,29 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import numbers
-import reprlib
+import random
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from images import EditError, blend, download, fit
+from policies import RATE_FRAMES, embeds_anew, frame_rate, idle_sessions, next_session, similarity, skips, thumbnail
+from settings import CHOICES, LIMITS, MAX_PROMPT_CHARS, PICTURES, SIZE_MULTIPLE, EditParams, EngineConfig
+
+__all__ = [
+    "CHOICES", "LIMITS", "MAX_PROMPT_CHARS", "PICTURES", "SIZE_MULTIPLE", "STAGES",
+    "EditParams", "EditResult", "EngineConfig", "EngineStats", "RealtimeEngine", "Session", "prepare_pictures",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
-LIMITS: dict[str, tuple[float, float]] = {  # both ends allowed
-    "steps": (1, 8),
-    "width": (64, 2048),
-    "height": (64, 2048),
-    "seed": (0, 2**32 - 1),
-    "cfg_scale": (1.0, 10.0),
-    "blend_ratio": (0.0, 1.0),
-}
-CHOICES: dict[str, tuple[str, ...]] = {
-    "fit": ("crop", "pad"),
-    "mode": ("edit", "blend", "references"),
-    "reference_area": ("output", "stock"),
-}
-PICTURES: dict[str, tuple[int, int]] = {"edit": (1, 1), "blend": (2, 2), "references": (2, 3)}  # least, most
-SIZE_MULTIPLE = 16  # the VAE's factor of 8 times the transformer's 2x2 patches
-MAX_PROMPT_CHARS = 2000
 STAGES = ("prepare", "encode_prompt", "encode_references", "denoise", "decode", "total")
 
-_RATE_WINDOW_S = 10.0  # a frame rate is measured over this long, or over _RATE_FRAMES frames, whichever is shorter
-_RATE_FRAMES = 31
 _HISTORY_FRAMES = 256  # percentiles and stage means of `stats()` are over this many frames
-
-
-def _number(name: str, value: Any, multiple: int | None = None) -> int | float:
-    """`value` within LIMITS as a float, or with `multiple` as a whole multiple of it."""
-    low, high = LIMITS[name]
-    # NaN fails the comparison. For whole numbers 2.0 passes: JSON has one number type.
-    good = isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high
-    if good and (multiple is None or value % multiple == 0):
-        return float(value) if multiple is None else int(value)
-    kind = {None: "a number", 1: "a whole number"}.get(multiple, f"a multiple of {multiple}")
-    raise EditError(f"{name} is {reprlib.repr(value)}. Allowed: {kind} from {low} to {high}.")
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str) or len(value.strip()) > MAX_PROMPT_CHARS:
-        came = f"has {len(value.strip())} characters" if isinstance(value, str) else f"is {reprlib.repr(value)}"
-        raise EditError(f"{name} {came}. Allowed: text of at most {MAX_PROMPT_CHARS} characters.")
-    if any("\ud800" <= char <= "\udfff" for char in value):  # half a pair: JSON can carry it, no tokenizer takes it
-        raise EditError(f"{name} contains a broken character. Allowed: valid Unicode text.")
-    return value.strip()
-
-
-def _choice(name: str, value: Any) -> str:
-    if isinstance(value, str) and value in CHOICES[name]:
-        return value
-    raise EditError(f"{name} is {reprlib.repr(value)}. Allowed: {', '.join(CHOICES[name])}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class EditParams:
-    """What is done to one frame. A bad value raises EditError, which names the value that came and the allowed ones."""
-
-    prompt: str
-    negative_prompt: str = ""  # read when cfg_scale > 1; empty stands for " ", as in Qwen's own examples
-    steps: int = 2
-    width: int | None = None  # pixels; None = the model's default size
-    height: int | None = None
-    seed: int = 0
-    cfg_scale: float = 1.0  # true CFG; 1 = off, above it every step costs two passes
-    fit: str = "crop"  # how a picture of another aspect meets the output size
-    mode: str = "edit"  # blend = two pictures are mixed by blend_ratio, then edited; references = all go to the model
-    blend_ratio: float = 0.5  # 0 = the first picture only, 1 = the second only
-    reference_area: str = "output"  # output = references at the output's size; stock = own aspect, 1024x1024 area
-
-    def __post_init__(self):
-        multiples = {"steps": 1, "seed": 1, "width": SIZE_MULTIPLE, "height": SIZE_MULTIPLE}
-        for name in (field.name for field in dataclasses.fields(self)):
-            value = getattr(self, name)
-            if name in CHOICES:
-                value = _choice(name, value)
-            elif name not in LIMITS:
-                value = _text(name, value)
-            elif not (name in ("width", "height") and value is None):
-                value = _number(name, value, multiples.get(name))
-            object.__setattr__(self, name, value)
-        if not self.prompt:
-            raise EditError(f"prompt is empty. Allowed: 1 to {MAX_PROMPT_CHARS} characters that say what to change.")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "EditParams":
-        """From JSON or a form. Raises EditError on an unknown key, a missing prompt, or a bad value."""
-        if not isinstance(values, Mapping):
-            raise EditError(f"The settings are {reprlib.repr(values)}. Allowed: an object of names and values.")
-        allowed = [field.name for field in dataclasses.fields(cls)]
-        unknown = [key for key in values if key not in allowed]
-        if unknown:
-            raise EditError(f"Unknown setting {reprlib.repr(unknown[0])}. Allowed: {', '.join(allowed)}.")
-        return cls(**{"prompt": "", **values})
-
-    def replace(self, **changes: Any) -> "EditParams":
-        """A copy with these values changed, checked like a new one."""
-        return EditParams.from_dict({**dataclasses.asdict(self), **changes})
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineConfig:
-    """Load-time settings. A bad value raises ValueError."""
-
-    max_sessions: int = 32
-    idle_timeout_s: float = 60.0  # a session that neither sent nor got a frame for so long is freed
-    default_size: int | None = None  # output width and height when params leave them open; None = the model's own
-    max_pixels: int = 2048 * 2048  # largest output, width * height
-    fast_path: bool = True  # the pipeline's exact accelerations
-
-    def __post_init__(self):
-        sizes = range(int(LIMITS["width"][0]), int(LIMITS["width"][1]) + 1, SIZE_MULTIPLE)
-        for name, good, allowed in (
-            ("max_sessions", self.max_sessions >= 1, "from 1"),
-            ("idle_timeout_s", 0 < self.idle_timeout_s <= 1e6, "above 0, at most 1e6"),
-            ("default_size", self.default_size in (None, *sizes), f"None, or a multiple of 16 in {sizes}"),
-            ("max_pixels", self.max_pixels >= sizes[0] ** 2, f"from {sizes[0] ** 2}"),
-        ):
-            if not good:
-                raise ValueError(f"{name} is {getattr(self, name)!r}. Allowed: {allowed}.")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -170,6 +66,7 @@ class EditResult:
     age_ms: float  # from submit to done, waiting included
     dropped: int  # frames of this session replaced by newer ones so far
     fps: float  # of this session
+    skipped: bool = False  # the last picture again: the frame was like the one before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +77,8 @@ class EngineStats:
     latency_p50_ms: float  # submit to done
     latency_p95_ms: float
     sessions: int
-    frames: int  # delivered pictures
+    frames: int  # delivered pictures, repeated ones included
+    skipped: int  # of these, repeated ones
     dropped: int
     errors: int
     stages_ms: dict[str, float]  # means
@@ -188,36 +86,18 @@ class EngineStats:
     memory: dict[str, int]  # bytes on the GPU: allocated, reserved, peak; empty on the CPU
 
 
-# Policies: pure functions of the clock.
-
-
-def next_session(served: Mapping[int, float], now_monotonic: float) -> int:
-    """Whom to serve: of the waiting sessions {id: time of last service, or of opening}, the one that waited longest.
-
-    A new session enters at the end and each service moves a session to the end, so every session is reached within as
-    many frames as sessions are waiting. Equal waits go by the lower id, the session opened first.
-    """
-    return max(served, key=lambda key: (now_monotonic - served[key], -key))
-
-
-def idle_sessions(active: Mapping[int, float], now_monotonic: float, timeout_s: float) -> list[int]:
-    """Ids of the sessions {id: time of last activity} that have been quiet for `timeout_s` or longer."""
-    return [key for key, time_s in active.items() if now_monotonic - time_s >= timeout_s]
-
-
-def frame_rate(times: Iterable[float], now_monotonic: float, window_s: float = _RATE_WINDOW_S) -> float:
-    """Frames per second from the completion times of the last frames; falls towards 0 when they stop coming."""
-    recent = [time_s for time_s in times if now_monotonic - time_s < window_s]
-    if len(recent) < 2 or now_monotonic <= recent[0]:
-        return 0.0
-    return (len(recent) - 1) / (now_monotonic - recent[0])
-
-
 def prepare_pictures(images: list[np.ndarray], params: EditParams, width: int, height: int) -> list[np.ndarray]:
     """The references as the model gets them: at the output's size, or for the stock area at their own; then blended."""
     if params.reference_area == "output":
         images = [fit(image, width, height, params.fit) for image in images]
     return [blend(*images, params.blend_ratio)] if params.mode == "blend" else images
+
+
+def _alike(measure: str, now: list[np.ndarray], before: list[np.ndarray]) -> float:
+    """The least of the pictures' similarities; 0 where there is nothing to compare."""
+    if not now or len(now) != len(before):
+        return 0.0
+    return min(similarity(measure, *pair) for pair in zip(now, before, strict=True))
 
 
 class _Cancelled(Exception):
@@ -259,6 +139,21 @@ class _Frame:
     outcome: concurrent.futures.Future = dataclasses.field(default_factory=concurrent.futures.Future)  # of EditResult
 
 
+@dataclasses.dataclass
+class _Memory:
+    """What a session's next frame may use again. Only the inference thread touches it."""
+
+    params: EditParams | None = None  # of the last computed frame, as are these
+    size: tuple[int, int] = (0, 0)
+    thumbnails: list[np.ndarray] = dataclasses.field(default_factory=list)
+    image: np.ndarray | None = None
+    skipped: int = 0  # frames in a row since
+    embeds: tuple | None = None  # prompt and negative prompt as the pipeline embedded them
+    embeds_of: tuple = ()  # for which words and how many pictures,
+    embeds_thumbnails: list[np.ndarray] = dataclasses.field(default_factory=list)  # at the sight of which,
+    embeds_frames: int = 0  # and how many frames have used them
+
+
 class _Outlet:
     """One async reader: a slot, and at most one wake-up on its way to the event loop. Used with the lock held."""
 
@@ -298,7 +193,8 @@ class Session:
         self._latest: EditResult | None = None
         self._closed_because: str | None = None
         self._outlets: list[_Outlet] = []
-        self._done_times: collections.deque[float] = collections.deque(maxlen=_RATE_FRAMES)
+        self._done_times: collections.deque[float] = collections.deque(maxlen=RATE_FRAMES)
+        self._memory = _Memory()
 
     @property
     def closed(self) -> bool:
@@ -403,14 +299,20 @@ class Session:
 
 
 class RealtimeEngine:
-    """Runs a pipeline for many sessions on one thread. `pipeline` is loaded; `clock` is monotonic seconds.
+    """Runs a pipeline for many sessions on one thread. `pipeline` is loaded; `clock` is monotonic seconds, `draw` a number in [0, 1).
 
     Start it before the first frame, close it to join the thread; or use it as a context manager.
     """
 
     def __init__(
-        self, pipeline: Any, config: EngineConfig | None = None, *, clock: Callable[[], float] = time.monotonic
+        self,
+        pipeline: Any,
+        config: EngineConfig | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        draw: Callable[[], float] = random.random,
     ):
+        self._draw = draw
         self.pipeline = pipeline
         self.config = config or EngineConfig()
         self.default_size: int = self.config.default_size or pipeline.default_size
@@ -426,9 +328,10 @@ class RealtimeEngine:
         self._thread: threading.Thread | None = None
         self._start_error: Exception | None = None
         self._ready = threading.Event()
-        self._frames = self._dropped = self._errors = 0
-        self._done_times: collections.deque[float] = collections.deque(maxlen=_RATE_FRAMES)
-        self._history: collections.deque[tuple[float, dict]] = collections.deque(maxlen=_HISTORY_FRAMES)
+        self._frames = self._skipped = self._dropped = self._errors = 0
+        self._done_times: collections.deque[float] = collections.deque(maxlen=RATE_FRAMES)
+        self._ages_ms: collections.deque[float] = collections.deque(maxlen=_HISTORY_FRAMES)
+        self._stages_ms: collections.deque[dict] = collections.deque(maxlen=_HISTORY_FRAMES)  # of computed frames
         self._cache_summary: dict[str, dict[str, int]] = {}
 
     # Life
@@ -500,14 +403,14 @@ class RealtimeEngine:
             memory["reserved"] = torch.cuda.memory_reserved(self._device)
             memory["peak"] = torch.cuda.max_memory_allocated(self._device)
         with self._lock:
-            ages = [age for age, _ in self._history] or [0.0]
-            stages = [stages for _, stages in self._history]
+            ages, stages = list(self._ages_ms) or [0.0], list(self._stages_ms)
             return EngineStats(
                 fps=frame_rate(self._done_times, self._clock()),
                 latency_p50_ms=float(np.percentile(ages, 50)),
                 latency_p95_ms=float(np.percentile(ages, 95)),
                 sessions=len(self._sessions),
                 frames=self._frames,
+                skipped=self._skipped,
                 dropped=self._dropped,
                 errors=self._errors,
                 stages_ms={name: sum(s[name] for s in stages) / len(stages) for name in STAGES} if stages else {},
@@ -538,6 +441,7 @@ class RealtimeEngine:
                 return
             session._cancel("was cancelled: its session closed")
             session._closed_because = why
+            session._memory = _Memory()  # a closed session may be held for long; its tensors need not be
             session._publish(None)
             del self._sessions[session.key]
 
@@ -588,9 +492,9 @@ class RealtimeEngine:
         frame = self._next_frame()
         if frame is None:
             return False
-        image, stages_ms, error = None, {}, None
+        image, stages_ms, skipped, error = None, {}, False, None
         try:
-            image, stages_ms = self._edit_or_free(frame)
+            image, stages_ms, skipped = self._edit_or_free(frame)
             self._cache_summary = self.pipeline.cache_summary()
         except _Cancelled:
             pass
@@ -599,10 +503,10 @@ class RealtimeEngine:
         except Exception as raised:
             logger.exception("frame %d of session %d failed", frame.number, frame.session.key)
             error = EditError(f"The model failed on this frame: {type(raised).__name__}: {raised}")
-        self._deliver(frame, image, stages_ms, error)
+        self._deliver(frame, image, stages_ms, skipped, error)
         return True
 
-    def _edit_or_free(self, frame: _Frame) -> tuple[np.ndarray, dict[str, float]]:
+    def _edit_or_free(self, frame: _Frame) -> tuple[np.ndarray, dict[str, float], bool]:
         try:
             return self._edit_frame(frame)
         except (
@@ -623,9 +527,10 @@ class RealtimeEngine:
             f"reference area {params.reference_area}. Try a smaller size, fewer pictures, cfg_scale 1 or area output."
         )
 
-    def _edit_frame(self, frame: _Frame) -> tuple[np.ndarray, dict[str, float]]:
-        """The work for one frame: uint8 (H, W, 3) and the milliseconds of each stage."""
+    def _edit_frame(self, frame: _Frame) -> tuple[np.ndarray, dict[str, float], bool]:
+        """The work for one frame: uint8 (H, W, 3), milliseconds of each stage, and whether it repeats the last result."""
         pipe, params, (width, height) = self.pipeline, frame.params, frame.size
+        memory = frame.session._memory
         watch = _Stopwatch(self._device)
 
         def check(step: int = 0, steps: int = 0) -> None:
@@ -638,10 +543,16 @@ class RealtimeEngine:
             watch.mark(stage)
             check()
 
-        pictures = pipe.open_references(prepare_pictures(frame.images, params, width, height))
+        prepared = prepare_pictures(frame.images, params, width, height)
+        looks = params.skip_similar != "off" or params.embeds == "changed"
+        thumbnails = [thumbnail(picture) for picture in prepared] if looks else []
+        if self._repeats(frame, thumbnails):
+            memory.skipped += 1
+            watch.mark("prepare")
+            return memory.image, dict.fromkeys(STAGES, 0.0) | watch.read_ms(), True
+        pictures = pipe.open_references(prepared)
         done("prepare")
-        prompt = pipe.encode_prompt(params.prompt, pictures)
-        negative = pipe.encode_prompt(params.negative_prompt or " ", pictures) if params.cfg_scale > 1 else (None, None)
+        prompt, negative = self._embed(frame, pictures, thumbnails)
         done("encode_prompt")
         area = width * height if params.reference_area == "output" else None
         references = pipe.encode_references(pictures, area=area, width=width, height=height)
@@ -665,9 +576,36 @@ class RealtimeEngine:
                 f"The model gave no finite picture at {width}x{height}, {params.steps} steps, "
                 f"cfg_scale {params.cfg_scale:g}. Change the prompt, the seed, the steps or the dtype."
             )
-        return image, watch.read_ms()
+        memory.params, memory.size, memory.thumbnails, memory.image, memory.skipped = params, frame.size, thumbnails, image, 0
+        return image, watch.read_ms(), False
 
-    def _deliver(self, frame: _Frame, image: np.ndarray | None, stages_ms: dict, error: EditError | None) -> None:
+    def _repeats(self, frame: _Frame, thumbnails: list[np.ndarray]) -> bool:
+        """Whether the frame is skipped: nothing was changed but the pictures, and they but little."""
+        memory, params = frame.session._memory, frame.params
+        if params.skip_similar == "off" or (memory.params, memory.size) != (params, frame.size):
+            return False
+        alike = _alike(params.skip_similar, thumbnails, memory.thumbnails)
+        return skips(alike, params.skip_threshold, memory.skipped, params.max_skipped, self._draw())
+
+    def _embed(self, frame: _Frame, pictures: list, thumbnails: list[np.ndarray]) -> tuple[tuple, tuple]:
+        """(embeddings, mask) of prompt and negative prompt, None and None without guidance: anew, or the last ones."""
+        memory, params, pipe = frame.session._memory, frame.params, self.pipeline
+        guided = params.cfg_scale > 1
+        words = (params.prompt, params.negative_prompt if guided else None, len(pictures))
+        if memory.embeds is not None and memory.embeds_of == words:
+            alike = _alike("patch", thumbnails, memory.embeds_thumbnails)
+            if not embeds_anew(params.embeds, memory.embeds_frames, params.embeds_every, alike, params.embeds_threshold):
+                memory.embeds_frames += 1
+                return memory.embeds
+        prompt = pipe.encode_prompt(params.prompt, pictures)
+        negative = pipe.encode_prompt(params.negative_prompt or " ", pictures) if guided else (None, None)
+        memory.embeds, memory.embeds_of = (prompt, negative), words
+        memory.embeds_thumbnails, memory.embeds_frames = thumbnails, 1
+        return memory.embeds
+
+    def _deliver(
+        self, frame: _Frame, image: np.ndarray | None, stages_ms: dict, skipped: bool, error: EditError | None
+    ) -> None:
         session = frame.session
         with self._lock:
             self._running = None
@@ -678,12 +616,17 @@ class RealtimeEngine:
             age_ms = (now - frame.submitted_monotonic) * 1000
             if error is None:
                 self._frames += 1
-                self._history.append((age_ms, stages_ms))
+                self._skipped += skipped
+                self._ages_ms.append(age_ms)
+                if not skipped:
+                    self._stages_ms.append(stages_ms)
                 self._done_times.append(now)
                 session._done_times.append(now)
             else:
                 self._errors += 1
             fps = frame_rate(session._done_times, now)
-            result = EditResult(frame.number, image, error, frame.params, stages_ms, age_ms, session._dropped, fps)
+            result = EditResult(
+                frame.number, image, error, frame.params, stages_ms, age_ms, session._dropped, fps, skipped
+            )
             session._publish(result)
             frame.outcome.set_result(result)

@@ -18,9 +18,6 @@ from qwen_realtime import (
     EditParams,
     EngineConfig,
     RealtimeEngine,
-    frame_rate,
-    idle_sessions,
-    next_session,
     prepare_pictures,
 )
 
@@ -206,34 +203,6 @@ def test_a_bad_engine_config_raises_by_name(bad):
 
 
 # Policies
-
-
-def test_next_session_is_the_one_whose_last_service_lies_furthest_back():
-    assert next_session({1: 5.0, 2: 3.0, 3: 9.0}, now_monotonic=10.0) == 2
-    assert next_session({7: 3.0, 4: 3.0}, now_monotonic=10.0) == 4, "equal waits go by the session opened first"
-
-
-def test_every_session_is_served_once_per_round_whatever_newcomers_do():
-    served = dict.fromkeys(range(5), 0.0)
-    order = []
-    for now in range(1, 26):
-        served[4 + now] = float(now)  # a newcomer a frame
-        order.append(next_session(served, now))
-        served[order[-1]] = now + 0.5
-    assert order[:5] == [0, 1, 2, 3, 4], order
-    assert order.index(5) < order.index(10), "newcomers are served in the order they came"
-
-
-def test_idle_means_quiet_for_the_timeout_or_longer():
-    assert idle_sessions({1: 40.0, 2: 40.1, 3: 99.0}, now_monotonic=100.0, timeout_s=60.0) == [1]
-
-
-def test_the_frame_rate_is_measured_over_the_window_and_falls_when_frames_stop():
-    times = [i / 20 for i in range(21)]
-    assert frame_rate(times, 1.0) == pytest.approx(20)
-    assert frame_rate(times, 5.0) == pytest.approx(4)
-    assert frame_rate(times, 20.0) == 0.0
-    assert frame_rate([], 1.0) == frame_rate([1.0], 1.0) == frame_rate([1.0, 1.0], 1.0) == 0.0
 
 
 def test_output_area_fits_each_picture_to_the_output_and_stock_area_leaves_its_aspect():
@@ -800,3 +769,103 @@ def test_on_cuda_the_stages_add_up_and_a_real_out_of_memory_is_survived(photo, m
                 engine.edit(pictures, params, timeout=PATIENCE_S)
         np.testing.assert_array_equal(engine.edit(pictures, params, timeout=PATIENCE_S).image, first.image)
         assert 0 < engine.stats().memory["allocated"] <= engine.stats().memory["peak"]
+
+
+# Less work: similar frames, kept embeddings
+
+
+def serve(session, *frames):
+    """The results of (picture, params), one after the other."""
+    return [session.result(session.submit([picture], params), PATIENCE_S) for picture, params in frames]
+
+
+def test_a_similar_frame_repeats_the_last_picture_and_costs_no_model_work(fake):
+    params = edit(skip_similar="patch", seed=7)
+    with RealtimeEngine(fake, draw=lambda: 0.5) as engine, engine.open_session() as session:
+        results = serve(session, (grey(value=100), params), (grey(value=101), params), (grey(value=180), params))
+        assert [result.skipped for result in results] == [False, True, False]
+        assert len(fake.prompts()) == 2
+        assert np.array_equal(results[1].image, results[0].image) and results[1].number == 2
+        assert set(results[1].stages_ms) == set(STAGES) and results[1].stages_ms["denoise"] == 0
+        stats = engine.stats()
+        assert (stats.frames, stats.skipped) == (3, 1)
+        assert min(stats.stages_ms[stage] for stage in ("total", "prepare")) > 0
+
+
+def test_without_the_filter_every_frame_is_computed(fake):
+    with RealtimeEngine(fake, draw=lambda: 0.0) as engine, engine.open_session() as session:
+        results = serve(session, *[(grey(), edit())] * 3)
+        assert not any(result.skipped for result in results) and len(fake.prompts()) == 3
+
+
+def test_any_change_of_prompt_or_setting_or_size_computes_a_frame(fake):
+    first = edit(skip_similar="frame")
+    changes = [{"prompt": "sepia"}, {"seed": 3}, {"steps": 4}, {"width": 96}, {"cfg_scale": 2.0}, {"max_skipped": 5}]
+    with RealtimeEngine(fake, draw=lambda: 0.0) as engine, engine.open_session() as session:
+        for change in changes:
+            results = serve(session, (grey(), first), (grey(), first), (grey(), first.replace(**change)))
+            assert [result.skipped for result in results[1:]] == [True, False], change
+
+
+def test_a_still_picture_is_computed_again_after_the_most_skips(fake):
+    params = edit(skip_similar="patch", max_skipped=2)
+    with RealtimeEngine(fake, draw=lambda: 0.0) as engine, engine.open_session() as session:
+        results = serve(session, *[(grey(), params)] * 7)
+    assert [result.skipped for result in results] == [False, True, True, False, True, True, False]
+
+
+def test_a_session_never_repeats_the_picture_of_another(fake):
+    params = edit(skip_similar="patch")
+    with RealtimeEngine(fake, draw=lambda: 0.0) as engine, engine.open_session() as one, engine.open_session() as two:
+        (a,) = serve(one, (grey(), params.replace(seed=1)))
+        (b,) = serve(two, (grey(), params.replace(seed=2)))
+        assert not b.skipped and a.image[0, 0, 0] == 1 and b.image[0, 0, 0] == 2
+
+
+def test_a_failed_frame_is_not_what_the_next_one_repeats(fake):
+    params = edit(skip_similar="patch")
+    fake.poison.add("negative")
+    with RealtimeEngine(fake, draw=lambda: 0.0) as engine, engine.open_session() as session:
+        with pytest.raises(EditError, match="no finite picture"):
+            serve(session, (grey(), params))
+        fake.poison.clear()
+        assert not serve(session, (grey(), params))[0].skipped
+
+
+@pytest.mark.parametrize(
+    "changes, looked",
+    [
+        ({"embeds": "fresh"}, [1, 1, 1, 1, 1]),
+        ({"embeds": "kept"}, [1, 0, 0, 0, 0]),
+        ({"embeds": "every", "embeds_every": 2}, [1, 0, 1, 0, 1]),
+        ({"embeds": "changed"}, [1, 0, 0, 1, 0]),  # the fourth picture is another one
+    ],
+)
+def test_when_the_vision_language_model_looks_at_a_frame(fake, changes, looked):
+    params = edit(**changes)
+    counts = []
+    with RealtimeEngine(fake) as engine, engine.open_session() as session:
+        for value in (100, 101, 100, 180, 181):
+            before = sum(call[0] == "prompt" for call in fake.calls)
+            serve(session, (grey(value=value), params))
+            counts.append(sum(call[0] == "prompt" for call in fake.calls) - before)
+    assert counts == looked
+
+
+def test_kept_embeddings_are_those_of_the_prompt_that_is_asked_for(fake):
+    params = edit(embeds="kept")
+    with RealtimeEngine(fake) as engine, engine.open_session() as one, engine.open_session() as two:
+        serve(one, (grey(), params), (grey(), params.replace(prompt="sepia")), (grey(), params))
+        serve(two, (grey(), params.replace(prompt="watercolour")))
+        serve(one, (grey(), params.replace(cfg_scale=2.0, negative_prompt="dark")))
+    assert fake.prompts() == ["negative", "sepia", "negative", "watercolour", "negative"]
+    assert [call[2] for call in fake.calls if call[0] == "denoise"] == [None, None, None, None, "dark"]
+
+
+def test_a_closed_session_holds_no_embeddings(fake):
+    with RealtimeEngine(fake) as engine:
+        session = engine.open_session()
+        serve(session, (grey(), edit()))
+        assert session._memory.embeds is not None
+        session.close()
+        assert session._memory.embeds is None and session._memory.image is None
