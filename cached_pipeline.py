@@ -511,6 +511,13 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
         for cache in (*self._caches.values(), self._constants):
             cache.clear()
 
+    def release_memory(self) -> None:
+        """Gives back to the GPU whatever can be computed again: caches, and the fast path's recordings."""
+        self.clear_caches()
+        fast_path.forget_recordings(self)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def _cached(self, name: str, key: tuple, make: Callable[[], Any], *pictures: Pictures) -> Any:
         """`make()`, or what it gave for the same `key` and the same pixels."""
         if not self.caches_enabled:

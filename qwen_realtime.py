@@ -518,9 +518,7 @@ class RealtimeEngine:
                 raise
             logger.warning("frame %d of session %d: %s", frame.number, frame.session.key, str(raised))
         # Outside the handler: nothing holds the failed frame's tensors any more.
-        self.pipeline.clear_caches()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.pipeline.release_memory()
         (width, height), params = frame.size, frame.params
         raise EditError(
             f"Out of memory at {width}x{height}, pictures: {len(frame.images)}, cfg_scale {params.cfg_scale:g}, "

@@ -58,16 +58,20 @@ def in_use(pipeline) -> bool:
     return any(getattr(pipeline, name) is not None for name in PARTS)
 
 
+def forget_recordings(pipeline) -> None:
+    """Frees the CUDA graphs' memory; a shape that comes again is recorded again."""
+    for part in filter(None, (getattr(pipeline, name) for name in PARTS)):
+        part.graphs.clear()
+
+
 def remove(pipeline) -> None:
     """Back to the stock modules, all of them where the pipeline is."""
     if pipeline.fused_transformer is not None:
         pipeline.fused_transformer.modulations.onload()
     if pipeline.fused_text_encoder is not None:
         pipeline.fused_text_encoder.onload()
+    forget_recordings(pipeline)  # they hold the part that they belong to
     for name in PARTS:
-        part = getattr(pipeline, name)
-        if part is not None:
-            part.graphs.clear()  # recordings hold the part that they belong to
         setattr(pipeline, name, None)
 
 

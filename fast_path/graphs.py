@@ -10,6 +10,7 @@ threads may go on talking to the GPU. All recordings share one memory pool: thei
 because what a replay returns is copied out before the next one starts, on the same stream.
 """
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
@@ -83,8 +84,11 @@ class Graphs:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 outputs = function(*static)
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # a recording that broke off says so: the cause is what matters
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         current.wait_stream(self._stream)
         single = isinstance(outputs, torch.Tensor)
         return _Recorded(graph, static, (outputs,) if single else tuple(outputs), single, function)

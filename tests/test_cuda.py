@@ -104,6 +104,26 @@ def test_the_modulation_weights_leave_the_gpu_and_come_back(pipe, photo):
     assert torch.cuda.memory_allocated() < resident * 1.2
 
 
+def test_a_recording_that_breaks_off_tells_its_cause_and_the_next_one_works(pipe, photo):
+    expected = steps_of(pipe, photo(64, 64), side=64)
+    pipe.enable_fast_path()
+    graphs, calls = pipe.fused_transformer.graphs, []
+
+    def fails_when_recorded(x):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("there is no more")
+        return x * 2
+
+    with pytest.raises(torch.OutOfMemoryError, match="no more"):
+        graphs.run("fails", fails_when_recorded, torch.ones(4, device="cuda"))
+    pipe.release_memory()
+    assert len(graphs) == 0
+    for _ in range(2):
+        *tensors, levels = largest(steps_of(pipe, photo(64, 64), side=64), expected)
+        assert max(tensors) < TOLERANCE and levels <= 1
+
+
 def test_another_thread_may_use_the_gpu_while_a_graph_is_recorded(pipe, photo):
     pipe.enable_fast_path()
     stop, failures = threading.Event(), []

@@ -61,7 +61,7 @@ class FakePipeline:
     def cache_summary(self):
         return {"prompt": {"entries": 0, "bytes": 0, "hits": 0, "misses": 0}}
 
-    def clear_caches(self):
+    def release_memory(self):
         self.cleared += 1
 
     def open_references(self, images):
