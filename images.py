@@ -29,6 +29,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PP
 # What Pillow's readers are seen to raise on damaged files.
 _OPEN_ERRORS = (
     UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, TypeError,
+    RuntimeError,  # AVIF's
     struct.error, zlib.error,
 )  # fmt: skip
 _BOMBS = (

@@ -44,7 +44,7 @@ from settings import CHOICES, LIMITS, MAX_PROMPT_CHARS, PICTURES, SIZE_MULTIPLE,
 
 __all__ = [
     "CHOICES", "LIMITS", "MAX_PROMPT_CHARS", "PICTURES", "SIZE_MULTIPLE", "STAGES",
-    "EditParams", "EditResult", "EngineConfig", "EngineStats", "RealtimeEngine", "Session", "prepare_pictures",
+    "EditParams", "EditResult", "EngineConfig", "EngineError", "EngineStats", "RealtimeEngine", "Session", "prepare_pictures",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,14 @@ logger = logging.getLogger(__name__)
 STAGES = ("prepare", "encode_prompt", "encode_references", "denoise", "decode", "total")
 
 _HISTORY_FRAMES = 256  # percentiles and stage means of `stats()` are over this many frames
+
+
+class EngineError(EditError):
+    """The frame was good and the model failed on it. `kind`: "out_of_memory", "not_finite" or "failed"."""
+
+    def __init__(self, text: str, kind: str):
+        super().__init__(text)
+        self.kind = kind
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -498,11 +506,13 @@ class RealtimeEngine:
             self._cache_summary = self.pipeline.cache_summary()
         except _Cancelled:
             pass
+        except EngineError as raised:
+            error = EngineError(str(raised), raised.kind)
         except EditError as raised:
             error = EditError(str(raised))  # without the traceback, which holds the frame's tensors
         except Exception as raised:
             logger.exception("frame %d of session %d failed", frame.number, frame.session.key)
-            error = EditError(f"The model failed on this frame: {type(raised).__name__}: {raised}")
+            error = EngineError(f"The model failed on this frame: {type(raised).__name__}: {raised}", "failed")
         self._deliver(frame, image, stages_ms, skipped, error)
         return True
 
@@ -520,9 +530,10 @@ class RealtimeEngine:
         # Outside the handler: nothing holds the failed frame's tensors any more.
         self.pipeline.release_memory()
         (width, height), params = frame.size, frame.params
-        raise EditError(
+        raise EngineError(
             f"Out of memory at {width}x{height}, pictures: {len(frame.images)}, cfg_scale {params.cfg_scale:g}, "
-            f"reference area {params.reference_area}. Try a smaller size, fewer pictures, cfg_scale 1 or area output."
+            f"reference area {params.reference_area}. Try a smaller size, fewer pictures, cfg_scale 1 or area output.",
+            "out_of_memory",
         )
 
     def _edit_frame(self, frame: _Frame) -> tuple[np.ndarray, dict[str, float], bool]:
@@ -570,9 +581,10 @@ class RealtimeEngine:
         image = download(pipe.decode(latents, width, height)[0])
         watch.mark("decode")
         if not finite:
-            raise EditError(
+            raise EngineError(
                 f"The model gave no finite picture at {width}x{height}, {params.steps} steps, "
-                f"cfg_scale {params.cfg_scale:g}. Change the prompt, the seed, the steps or the dtype."
+                f"cfg_scale {params.cfg_scale:g}. Change the prompt, the seed, the steps or the dtype.",
+                "not_finite",
             )
         memory.params, memory.size, memory.thumbnails, memory.image, memory.skipped = params, frame.size, thumbnails, image, 0
         return image, watch.read_ms(), False

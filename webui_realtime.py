@@ -28,10 +28,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import queue
 import random
 import re
-import shutil
 import tempfile
 import threading
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,160 +39,16 @@ import numpy as np
 from images import EditError, encode_png, open_image
 from pocket_model.edits import EDITS, preset_prompts
 from qwen_realtime import LIMITS, EditParams, EditResult, RealtimeEngine
-from server import EngineHolder, create_routes, fitted, output_size
+from server import EngineHolder, Guard, create_routes, fitted, output_size
+from startup import add_flags, check_flags, load_engine, port_number, warn_if_open
 
 log = logging.getLogger("webui_realtime")
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_PORT = 7865
-REAL_MODEL = "Qwen/Qwen-Image-Edit-2509"
-REAL_LORA = "lightning-4"
-REAL_MEMORY_GB = 60  # bf16 weights 57.8 GB and the work of a 512x512 edit
 SIZES = (128, 192, 256, 320, 384, 512, 640, 768, 1024)
 TITLE = "Realtime image editor"
 MAX_UPLOAD = "64mb"
-
-
-# ----------------------------------------------------------------------------------------------- which model to load
-
-
-@dataclass(frozen=True)
-class ModelChoice:
-    model: str  # as load_pipeline takes it: "pocket", a hub id or a folder
-    lora: str | None
-    reason: str  # for the log and the page
-    how_to_get_other: str
-
-
-def choose_model(
-    requested: str = "auto",
-    lora: str | None = None,
-    *,
-    gpu_memory_gb: float | None,
-    at_hand: bool,
-    downloadable: bool,
-) -> ModelChoice:
-    """What to load, and why. `gpu_memory_gb` is what is free on the GPU, None without one; `at_hand` and
-    `downloadable` say where the real model's weights could come from; `lora` None means nobody asked for one.
-    """
-    own_lora = None if lora in (None, "none") else lora
-    to_real = f"For the real model ({REAL_MEMORY_GB} GB of GPU memory): python webui_realtime.py --model {REAL_MODEL}"
-    to_pocket = "For the small model that runs anywhere: python webui_realtime.py --model pocket"
-    if requested == "pocket":
-        return ModelChoice("pocket", own_lora, "The pocket model was asked for with --model pocket.", to_real)
-    if requested != "auto":
-        # The base models need dozens of steps and CFG; with their Lightning LoRA the 1 to 8 offered here are enough.
-        fast = re.fullmatch(r"Qwen/Qwen-Image-Edit-(2509|2511)", requested) and lora is None
-        chosen = REAL_LORA if fast else own_lora
-        why = f"{requested} was asked for with --model."
-        return ModelChoice(requested, chosen, why + (f" With its {chosen} LoRA." if fast else ""), to_pocket)
-    if gpu_memory_gb is None:
-        why = "no CUDA GPU was found"
-    elif gpu_memory_gb < REAL_MEMORY_GB:
-        why = f"the GPU has {gpu_memory_gb:.0f} GB free and {REAL_MODEL} needs {REAL_MEMORY_GB}"
-    elif not (at_hand or downloadable):
-        why = f"the weights of {REAL_MODEL} are neither in the Hugging Face cache nor can they be downloaded"
-    else:
-        where = "its weights are in the Hugging Face cache" if at_hand else "its weights can be downloaded"
-        reason = f"The GPU has {gpu_memory_gb:.0f} GB free and {where}, so the real model runs."
-        return ModelChoice(REAL_MODEL, REAL_LORA if lora is None else own_lora, reason, to_pocket)
-    reason = f"The pocket model runs because {why}. It is small and knows about twenty kinds of edit."
-    return ModelChoice("pocket", own_lora, reason, to_real)
-
-
-def probe_gpu_gb(device: str) -> float | None:
-    """Free memory of the CUDA GPU that `device` ("auto", "cuda", "cuda:1", "cpu") means, None when it means none."""
-    import torch
-
-    if (device != "auto" and not device.startswith("cuda")) or not torch.cuda.is_available():
-        return None
-    free, _ = torch.cuda.mem_get_info(torch.device("cuda" if device == "auto" else device))
-    return free / 1e9
-
-
-def probe_hub(model: str) -> tuple[bool, bool]:
-    """(in the local cache as a whole, downloadable) for a model of the Hugging Face hub."""
-    import json
-
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
-
-    def cached(name: str) -> str | None:
-        path = try_to_load_from_cache(model, name)
-        return path if isinstance(path, str) else None
-
-    indices = ("transformer/diffusion_pytorch_model.safetensors.index.json",
-               "text_encoder/model.safetensors.index.json")  # fmt: skip
-    at_hand = all(cached(name) for name in ("model_index.json", *indices))
-    for name in indices if at_hand else ():
-        shards = set(json.loads(Path(cached(name)).read_text())["weight_map"].values())
-        at_hand = at_hand and all(cached(f"{name.split('/')[0]}/{shard}") for shard in shards)
-    if at_hand or constants.HF_HUB_OFFLINE:
-        return at_hand, False
-    cache = Path(constants.HF_HUB_CACHE)
-    existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    if shutil.disk_usage(existing).free < REAL_MEMORY_GB * 1e9:
-        return False, False
-    try:
-        HfApi().model_info(model, timeout=5)
-    except Exception as error:  # whatever keeps the hub from answering, the answer is no
-        log.info("%s cannot be downloaded: %s", model, error)
-        return False, False
-    return False, True
-
-
-def load_engine(holder: EngineHolder, options: argparse.Namespace) -> None:
-    """Chooses, loads, warms up; tells the holder. Runs in its own thread: nothing here may raise."""
-    try:
-        holder.progress("Looking at this machine", 0.01)
-        automatic = options.model == "auto"
-        gpu_gb = probe_gpu_gb(options.device) if automatic else None
-        at_hand, downloadable = probe_hub(REAL_MODEL) if gpu_gb else (False, False)
-        choice = choose_model(
-            options.model, options.lora, gpu_memory_gb=gpu_gb, at_hand=at_hand, downloadable=downloadable
-        )
-        try:
-            _load_choice(holder, options, choice)
-        except Exception as error:
-            if not automatic or choice.model == "pocket":
-                raise
-            log.exception("%s could not be loaded", choice.model)
-            why = f"{choice.model} could not be loaded ({_first_line(error)}), so the pocket model runs instead."
-            _load_choice(holder, options, ModelChoice("pocket", None, why, choice.how_to_get_other))
-    except Exception as error:
-        why = _first_line(error)
-        log.error("the model could not be loaded: %s", why, exc_info=not isinstance(error, EditError))
-        holder.fail(why)
-
-
-def _load_choice(holder: EngineHolder, options: argparse.Namespace, choice: ModelChoice) -> None:
-    holder.choice = asdict(choice)
-    log.info("model: %s, LoRA: %s. %s %s", choice.model, choice.lora, choice.reason, choice.how_to_get_other)
-    started = time.monotonic()
-    holder.progress("Importing PyTorch and diffusers", 0.05)
-    import torch
-
-    from cached_pipeline import load_pipeline
-
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = load_pipeline(
-        choice.model,
-        lora=choice.lora,
-        lora_weight=options.lora_weight,
-        device=device,
-        dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
-        progress=lambda text, fraction: holder.progress(text, 0.1 + 0.8 * fraction),
-    )
-    engine = RealtimeEngine(pipeline).start()
-    holder.progress("Editing a first picture", 0.95)
-    grey = np.full((engine.default_size, engine.default_size, 3), 128, np.uint8)
-    engine.edit([grey], EditParams(prompt="keep it unchanged"))  # pays once what the first person would wait for
-    holder.ready(engine)
-    log.info("ready after %.1f s: %s", time.monotonic() - started, engine.description)
-
-
-def _first_line(error: Exception) -> str:
-    text = (str(error).strip() or "no message").splitlines()[0]
-    return text if isinstance(error, EditError) else f"{type(error).__name__}: {text}"
 
 
 # --------------------------------------------------------------------------------------------- editing still pictures
@@ -607,38 +461,14 @@ def create_demo(holder: EngineHolder) -> gr.Blocks:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    def user_and_password(text: str) -> tuple[str, str]:
-        user, colon, password = text.partition(":")
-        if not (user and colon and password):
-            raise argparse.ArgumentTypeError("expected USER:PASSWORD")
-        return user, password
-
-    def port_number(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 65535):
-            raise argparse.ArgumentTypeError(f"{text!r} is no port: expected 1 to 65535")
-        return int(text)
-
     # A Hugging Face Space says in these variables where it expects the page.
     host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
     port = port_number(os.environ.get("GRADIO_SERVER_PORT", str(DEFAULT_PORT)))
     parser = argparse.ArgumentParser(description="Edit a camera, a photo or two by instruction, in real time.")
-    parser.add_argument("--model", default="auto", help='"auto" (default), "pocket", a Hugging Face id or a folder')
-    parser.add_argument("--lora", help='"none", "lightning-4", "lightning-8", a .safetensors file or a Hugging Face id')
-    parser.add_argument("--lora-weight", type=float, default=1.0, help="how strongly the LoRA is fused in (default 1)")
-    parser.add_argument("--device", default="auto", help='"auto" (default), "cpu", "cuda" or "cuda:1"')
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--host", default=host, help=f"address to listen on (default {host}; 0.0.0.0 for the network)")
-    parser.add_argument("--port", type=port_number, default=port, help=f"default {port}")
+    add_flags(parser, host=host, port=port)
     parser.add_argument("--share", action="store_true", help="also make a public HTTPS link through Gradio's service")
-    parser.add_argument("--auth", type=user_and_password, metavar="USER:PASSWORD", help="ask for this login")
-    parser.add_argument("--ssl-keyfile", metavar="KEY.pem", help="TLS key: a camera needs HTTPS away from localhost")
-    parser.add_argument("--ssl-certfile", metavar="CERT.pem", help="TLS certificate")
     options = parser.parse_args(argv)
-    if (options.ssl_keyfile is None) != (options.ssl_certfile is None):
-        parser.error("--ssl-keyfile and --ssl-certfile go together")
-    for file in (options.ssl_keyfile, options.ssl_certfile):
-        if file is not None and not Path(file).is_file():
-            parser.error(f"{file} is not a file")
+    check_flags(parser, options)
     return options
 
 
@@ -646,18 +476,18 @@ def launch(holder: EngineHolder, options: argparse.Namespace) -> gr.Blocks:
     """Serves the page and the routes, and returns as soon as they answer."""
     os.environ["GRADIO_SSR_MODE"] = "false"  # its Node proxy would answer our routes with a page and hang our sockets
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    if options.host not in ("127.0.0.1", "localhost", "::1") and options.auth is None:
-        log.warning("anybody who can reach %s may use this page: --auth USER:PASSWORD asks for a login", options.host)
+    guard = Guard(options.auth, options.api_key, origins=options.cors)
+    warn_if_open(options.host, locked=guard.locked, share=options.share)
     demo = create_demo(holder)
     demo.launch(
         server_name=options.host,
         server_port=options.port,
         share=options.share,
-        auth=options.auth,
+        auth=guard.login if guard.locked else None,  # the login, or any name with the key as the password
         ssl_keyfile=options.ssl_keyfile,
         ssl_certfile=options.ssl_certfile,
         ssl_verify=False,  # concerns only Gradio's own look at its page: a certificate of one's own is fine
-        app_kwargs={"routes": create_routes(holder, options.auth)},
+        app_kwargs={"routes": create_routes(holder, guard=guard)},
         max_file_size=MAX_UPLOAD,
         theme=create_theme(),
         css=asset("page.css"),

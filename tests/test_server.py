@@ -48,7 +48,7 @@ class StubPipeline:
     def cache_summary(self):
         return {}
 
-    def clear_caches(self):
+    def release_memory(self):
         pass
 
     def open_references(self, images):
@@ -80,9 +80,9 @@ class StubPipeline:
 
 
 @contextmanager
-def serving(holder: EngineHolder, auth=None):
-    """A uvicorn on a free port in a thread; yields its address without the scheme."""
-    app = Starlette(routes=create_routes(holder, auth))
+def serving(holder: EngineHolder, auth=None, **options):
+    """A uvicorn on a free port in a thread; yields its address without the scheme. `options` go to create_routes."""
+    app = Starlette(routes=create_routes(holder, auth, **options))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
     ready = threading.Event()
     startup = server.startup
@@ -378,12 +378,12 @@ def test_newest_wins_the_frames_between_are_acknowledged_and_dropped(address, st
             browser.frame(number, grey(10 * number))
             browser.until("ack", number=number)
         stub.gate.set()
-        assert browser.until("picture")["number"] == 1
         numbers = [browser.until("picture")]
         while numbers[-1]["number"] != 6:
             numbers.append(browser.until("picture"))
-    # Besides 6 itself, one may have been in the engine's mailbox already and one in the decoder.
-    assert len(numbers) <= 3, [result["number"] for result in numbers]
+    # Besides 1 and 6, one may have been in the engine's mailbox already and one in the decoder. Even 1 may be missing:
+    # the model is so quick that the next result can be there before 1 is sent.
+    assert len(numbers) <= 4, [result["number"] for result in numbers]
     assert abs(int(numbers[-1]["image"][0, 0, 0]) - 60) < 4
     assert numbers[-1]["meta"]["dropped"] >= 2
 

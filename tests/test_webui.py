@@ -27,10 +27,8 @@ from images import blend, encode_png, fit, open_image
 from pocket_model.edits import EDITS, preset_prompts
 from qwen_realtime import EditParams, EditResult
 from server import EngineHolder, output_size
+from startup import REAL_LORA, REAL_MODEL, choose_model
 from webui_realtime import (
-    REAL_LORA,
-    REAL_MODEL,
-    choose_model,
     edit_params,
     launch,
     load_engine,
@@ -129,8 +127,8 @@ def test_when_the_automatic_choice_cannot_be_loaded_the_pocket_model_runs_and_th
             raise torch.OutOfMemoryError("no room")
         return StubPipeline()
 
-    monkeypatch.setattr("webui_realtime.probe_gpu_gb", lambda device: 139.0)
-    monkeypatch.setattr("webui_realtime.probe_hub", lambda model: (True, False))
+    monkeypatch.setattr("startup.probe_gpu_gb", lambda device: 139.0)
+    monkeypatch.setattr("startup.probe_hub", lambda model: (True, False))
     monkeypatch.setattr("cached_pipeline.load_pipeline", load_pipeline)
     holder = EngineHolder()
     load_engine(holder, options())
@@ -439,6 +437,15 @@ def test_live_shows_edited_frames_follows_the_prompt_and_stops(ready, open_page,
     expect(page.locator(".t-latency")).to_contain_text("ms")
     expect(page.locator(".t-model")).to_contain_text("denoise")
     expect(page.locator(".t-running")).to_contain_text("pocket on cpu, 256×256, 2 steps")
+
+    # Little moves (the test's camera shows one picture): the last result is shown again, and the page says so.
+    page.get_by_text("Advanced", exact=True).click()
+    page.get_by_label("When little moves").select_option("patch")
+    page.get_by_label("The language model looks at").select_option("kept")
+    ready.until(lambda health: health["stats"]["skipped"] > 3, "frames are skipped")
+    expect(page.locator(".t-dropped")).to_contain_text("shown again")
+    expect(page.locator(".t-model")).to_contain_text("denoise")
+    assert_edited(pixels(page, ".edited"), "negative", camera)
 
     # Stop: the camera is let go, the session closed, nothing comes or goes any more.
     track = page.evaluate_handle("document.querySelector('.camera').srcObject.getVideoTracks()[0]")

@@ -11,6 +11,7 @@ const root = element.querySelector(".live");
 const $ = (selector) => root.querySelector(selector);
 const video = $(".camera"), canvas = $(".edited"), message = $(".message");
 const startButton = $(".start"), stopButton = $(".stop"), cameras = $(".cameras"), prompt = $(".prompt");
+const still = $(".still"), looks = $(".looks");
 
 const MAX_UNACKED = 3;
 const JPEG_QUALITY = 0.85;
@@ -57,7 +58,7 @@ const put = (name, text) => { $(`.t-${name}`).textContent = text; };
 function tellTruth() {
   if (!run) return;
   const now = performance.now();
-  const modelMs = run.meta?.stages_ms.total ?? 0;
+  const modelMs = run.modelMs.total ?? 0;
   const windowMs = Math.min(Math.max(WINDOW_MS, 4 * modelMs), now - run.startedAt); // a slow model's rate is not 0
   run.shown = run.shown.filter((frame) => now - frame.at < windowMs);
   run.taken = run.taken.filter((at) => now - at < windowMs);
@@ -69,10 +70,10 @@ function tellTruth() {
   }
   const meta = run.meta;
   if (meta) {
-    const parts = STAGES.filter(([key]) => key in meta.stages_ms)
-      .map(([key, name]) => `${name} ${meta.stages_ms[key].toFixed(0)}`);
-    put("model", `${(meta.stages_ms.total ?? 0).toFixed(0)} ms: ${parts.join(" · ")}`);
-    put("dropped", `${meta.dropped + run.skipped} of ${run.cameraFrames} frames, for newer ones`);
+    const parts = STAGES.filter(([key]) => key in run.modelMs).map(([key, name]) => `${name} ${run.modelMs[key].toFixed(0)}`);
+    put("model", `${modelMs.toFixed(0)} ms: ${parts.join(" · ")}`);
+    put("dropped", `${meta.dropped + run.skipped} of ${run.cameraFrames} frames, for newer ones` +
+      (run.repeated ? `; ${run.repeated} pictures shown again, as little moved` : ""));
     put("running", `${run.modelName}, ${meta.width}×${meta.height}, ${meta.steps} step${meta.steps > 1 ? "s" : ""}`);
   }
   const waited = (now - run.lastResultAt) / 1000;
@@ -125,6 +126,7 @@ function sendParams() {
     type: "params", prompt: run.sentPrompt, negative_prompt: settings.negative_prompt || "",
     steps: settings.steps, seed: settings.seed, cfg_scale: settings.cfg_scale,
     width: run.size.width, height: run.size.height, fit: contain ? "pad" : "crop",
+    skip_similar: still.value, embeds: looks.value,
   }));
 }
 
@@ -323,6 +325,8 @@ async function onPicture(own, buffer) {
   if (!own.alive || number <= own.newest) return bitmap.close();
   own.newest = number;
   own.meta = meta;
+  if (meta.skipped) own.repeated += 1;
+  else own.modelMs = meta.stages_ms; // a repeated picture took the model no time: its milliseconds are no news
   if (canvas.width !== bitmap.width || canvas.height !== bitmap.height) {
     Object.assign(canvas, { width: bitmap.width, height: bitmap.height });
   }
@@ -351,7 +355,7 @@ async function start() {
   const own = run = {
     alive: true, stream: null, socket: null, opened: false, ready: false, attempts: 0, number: 0, newest: 0,
     unacked: new Set(), capturedAt: new Map(), encoding: false, size: null, sentPrompt: "", sentAt: 0, defaultSize: 256,
-    modelName: "", meta: null, said: "", shown: [], taken: [], cameraFrames: 0, skipped: 0,
+    modelName: "", meta: null, said: "", shown: [], taken: [], cameraFrames: 0, skipped: 0, repeated: 0, modelMs: {},
     startedAt: performance.now(), lastResultAt: performance.now(), heardAt: performance.now(),
     scratch: window.OffscreenCanvas ? new OffscreenCanvas(16, 16) : document.createElement("canvas"),
   };
@@ -431,6 +435,7 @@ root.querySelector(".chips").addEventListener("click", (event) => {
 startButton.addEventListener("click", start);
 stopButton.addEventListener("click", () => stop());
 cameras.addEventListener("change", switchCamera);
+for (const choice of [still, looks]) choice.addEventListener("change", sendParams);
 navigator.mediaDevices?.addEventListener?.("devicechange", listCameras);
 video.addEventListener("resize", sendParams); // the camera, or a turned phone, changed its shape
 window.addEventListener("edit-settings", sendParams);

@@ -1,0 +1,294 @@
+"""Who may come in, and the frame that is the same round every route.
+
+Three questions are asked of every request, page, route or socket, in this order. Is it addressed to a name of this
+server? (A page of another site can make its own name point here, and is then of the same origin: only the Host header
+still tells. Asked where no lock guards a server of one machine.) Does its Origin, which every browser sends with a
+socket and a post, name this host, or a site that the operator let in? Does it bring the login or the key? Gradio's
+`launch(auth=...)` guards only Gradio's own routes, and its CORS settings do not cover sockets.
+
+`Endpoint` is that frame for HTTP: whatever a handler raises, the caller reads JSON, {"error": what came and what is
+allowed, "kind": one word for programs}. Only the kinds of `FAILURES` are 500: the request was good, the model failed.
+"""
+
+import base64
+import binascii
+import collections
+import json
+import logging
+import math
+import reprlib
+import secrets
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import asdict, is_dataclass
+from urllib.parse import urlsplit
+
+import numpy as np
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
+from starlette.responses import JSONResponse, Response
+
+from images import MAX_PIXELS, EditError, open_image
+
+log = logging.getLogger(__name__)
+
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+EXPOSED_HEADERS = "Retry-After, Server-Timing, X-Age-Ms, X-Seed"
+
+# The kinds of refusal, by status where one status has one kind.
+KINDS = {
+    400: "bad_input", 401: "login", 403: "forbidden", 404: "no_such_path", 405: "method", 406: "not_acceptable",
+    408: "too_slow", 413: "too_large", 415: "content_type", 503: "busy",
+}  # fmt: skip
+
+# The kinds of engine failure, by the beginning of the text, for an engine that does not name them itself.
+FAILURES = {
+    "out_of_memory": "Out of memory",
+    "not_finite": "The model gave no finite picture",
+    "failed": "The model failed",
+}
+
+
+def failure_kind(error: EditError) -> str | None:
+    """What failed in the engine ("out_of_memory", "not_finite", "failed"); None when the request itself was bad."""
+    named = (kind for kind, beginning in FAILURES.items() if str(error).startswith(beginning))
+    return getattr(error, "kind", None) or next(named, None)
+
+
+class Refusal(Exception):
+    """An answer other than 200: its HTTP status, what the caller reads, and when to try again."""
+
+    def __init__(self, status: int, text: str, *, kind: str | None = None, retry_after_s: int | None = None):
+        super().__init__(text)
+        self.status, self.kind, self.retry_after_s = status, kind or KINDS[status], retry_after_s
+
+    def response(self) -> JSONResponse:
+        headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = 'Basic realm="image editor"'
+        return JSONResponse({"error": str(self), "kind": self.kind}, self.status, headers)
+
+
+class Guard:
+    """Who may use the routes. Without `auth` and `api_key` everybody who can reach them, from a page of this host.
+
+    `auth` = (user, password): the login of the page (its cookie), or HTTP Basic. `api_key`: the header
+    `Authorization: Bearer KEY` or `X-API-Key: KEY`, or Basic with the key as the password, which is what a browser
+    can ask a person for. `origins`: other sites whose pages may come too, as "https://name", or "*"; they bring the
+    key in a header. `hosts`: names under which the server may be addressed, None for any.
+    """
+
+    def __init__(
+        self,
+        auth: tuple[str, str] | None = None,
+        api_key: str | None = None,
+        *,
+        origins: Iterable[str] = (),
+        hosts: Iterable[str] | None = None,
+    ):
+        self._auth = None if auth is None else tuple(part.encode() for part in auth)
+        self._key = None if api_key is None else api_key.encode()
+        self._origins = frozenset(origin.lower().rstrip("/") for origin in origins)
+        self._hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
+
+    @property
+    def locked(self) -> bool:
+        return self._auth is not None or self._key is not None
+
+    def login(self, user: str, password: str) -> bool:
+        """Whether a person may log in on the page: with the login, or with any name and the key as the password."""
+        return self._is_login(user.encode(errors="replace"), password.encode(errors="replace"))
+
+    def check(self, connection: HTTPConnection) -> None:
+        """Raises a Refusal, 403 or 401, unless the request may go on."""
+        if self._hosts is not None and _host_name(connection.headers.get("host", "")) not in self._hosts:
+            host = connection.headers.get("host", "")
+            raise Refusal(
+                403,
+                f"This server is not known as {reprlib.repr(host)}. It answers to: {', '.join(sorted(self._hosts))}.",
+            )
+        if not same_origin(connection) and self._listed_origin(connection) is None:
+            raise Refusal(403, f"Requests from {reprlib.repr(connection.headers.get('origin'))} are not allowed here.")
+        if self.locked and not self._has_credentials(connection):
+            raise Refusal(401, 'Log in first, or send the key as "Authorization: Bearer KEY" or "X-API-Key: KEY".')
+
+    def cors_headers(self, connection: HTTPConnection) -> dict[str, str]:
+        """What lets a page of a listed origin read the answer; nothing for everybody else."""
+        origin = self._listed_origin(connection)
+        if origin is None:
+            return {"Vary": "Origin"} if self._origins else {}
+        # Never Access-Control-Allow-Credentials: a foreign page brings a key of its own, not a person's cookie.
+        return {
+            "Access-Control-Allow-Origin": origin,
+            "Access-Control-Expose-Headers": EXPOSED_HEADERS,
+            "Vary": "Origin",
+        }
+
+    def _listed_origin(self, connection: HTTPConnection) -> str | None:
+        origin = connection.headers.get("origin")
+        return origin if origin is not None and self._origins & {origin.lower(), "*"} else None
+
+    def _has_credentials(self, connection: HTTPConnection) -> bool:
+        scheme, _, value = connection.headers.get("authorization", "").partition(" ")
+        value = value.strip()
+        if scheme.lower() == "bearer" and self._is_key(value.encode("latin-1")):
+            return True
+        if self._is_key(connection.headers.get("x-api-key", "").encode("latin-1")):
+            return True
+        # What a browser sends by itself, for whichever page asks, counts only when our own page asks.
+        if not same_origin(connection):
+            return False
+        if scheme.lower() == "basic":
+            try:
+                user, _, password = base64.b64decode(value, validate=True).partition(b":")
+            except (binascii.Error, ValueError):
+                return False
+            return self._is_login(user, password)
+        return _has_login_cookie(connection)
+
+    def _is_key(self, value: bytes) -> bool:
+        return self._key is not None and secrets.compare_digest(value, self._key)
+
+    def _is_login(self, user: bytes, password: bytes) -> bool:
+        known = False
+        if self._auth is not None:  # both are compared, in constant time: neither can be guessed letter by letter
+            known = secrets.compare_digest(user, self._auth[0]) & secrets.compare_digest(password, self._auth[1])
+        return known | self._is_key(password)
+
+
+def _has_login_cookie(connection: HTTPConnection) -> bool:
+    # Gradio's App keeps its logins as {token: user}; served alone, the app has no such thing.
+    app = connection.scope.get("app")
+    tokens, cookie_id = getattr(app, "tokens", None), getattr(app, "cookie_id", None)
+    names = (f"access-token-{cookie_id}", f"access-token-unsecure-{cookie_id}")
+    return bool(tokens) and any(connection.cookies.get(name) in tokens for name in names)
+
+
+def _host_name(host: str) -> str:
+    """The Host header without its port: "[::1]:80" is "[::1]"."""
+    name, colon, port = host.strip().lower().rpartition(":")
+    return name if colon and port.isdigit() else host.strip().lower()
+
+
+def same_origin(connection: HTTPConnection) -> bool:
+    """Whether the Origin header, which every browser sends with a socket and a post, names this host.
+
+    No Origin means no browser, so no foreign page either. Behind a proxy the public name is in X-Forwarded-Host, a
+    header that a foreign page cannot set.
+    """
+    origin = connection.headers.get("origin")
+    if origin is None:
+        return True
+    try:
+        parts = urlsplit(origin)
+    except ValueError:
+        return False
+    default_port = {"http": ":80", "https": ":443"}.get(parts.scheme, "")
+    hosts = (connection.headers.get("host"), connection.headers.get("x-forwarded-host"))
+    ours = {host.strip().lower().removesuffix(default_port) for host in hosts if host}
+    return bool(parts.netloc) and parts.netloc.lower().removesuffix(default_port) in ours
+
+
+class Endpoint:
+    """One path as an ASGI application: its methods, the guard before each, errors as JSON, CORS, counted answers.
+
+    An application rather than a function, so that every method comes here: the page's own router would otherwise
+    answer GET /edit with the page.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        guard: Guard,
+        answered: collections.Counter,
+        **handlers: Callable[[Request], Awaitable[Response]],
+    ):
+        self._path, self._guard, self._answered = path, guard, answered
+        self._handlers = {name.upper(): handler for name, handler in handlers.items()}
+        if "GET" in self._handlers:
+            self._handlers["HEAD"] = self._handlers["GET"]  # the server leaves the body out
+
+    async def __call__(self, scope, receive, send) -> None:
+        request = Request(scope, receive, send)
+        try:
+            response = await self._answer(request)
+        except Refusal as refusal:
+            response = refusal.response()
+        except EditError as error:
+            kind = failure_kind(error)
+            response = Refusal(500 if kind else 400, str(error), kind=kind).response()
+        except ClientDisconnect:
+            response = Response(status_code=499)  # nobody reads this
+        except Exception:
+            log.exception("%s %s failed", request.method, self._path)
+            response = Refusal(500, "The server failed on this request; its log says why.", kind="failed").response()
+        self._answered[self._path, response.status_code] += 1
+        response.headers.setdefault("Cache-Control", "no-store")
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers.update(self._guard.cors_headers(request))
+        await response(scope, receive, send)
+
+    async def _answer(self, request: Request) -> Response:
+        allowed = ", ".join(sorted(self._handlers))
+        if request.method == "OPTIONS" and self._guard.cors_headers(request).get("Access-Control-Allow-Origin"):
+            # A browser's question before the request itself; it brings no credentials and gets nothing but this.
+            headers = {
+                "Access-Control-Allow-Methods": allowed,
+                "Access-Control-Allow-Headers": "Authorization, Content-Type, X-API-Key",
+                "Access-Control-Max-Age": "600",
+            }
+            return Response(status_code=204, headers=headers)
+        self._guard.check(request)
+        if request.method not in self._handlers:
+            response = Refusal(405, f"{request.method} is not possible on {self._path}. Allowed: {allowed}.").response()
+            response.headers["Allow"] = allowed
+            return response
+        return await self._handlers[request.method](request)
+
+
+def plain(value):
+    """The value as JSON can carry it: dataclasses as dicts, numpy numbers as numbers, what is neither as text."""
+    if is_dataclass(value):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no NaN, and browsers refuse it
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def read_json(text: bytes | str) -> dict:
+    """A JSON object; EditError on anything else, NaN and infinite numbers among it."""
+
+    def refuse(name: str):
+        raise EditError(f"{name} is not a number that JSON knows.")
+
+    def finite(digits: str) -> float:
+        value = float(digits)
+        return value if math.isfinite(value) else refuse(digits[:40])  # 1e999 is written like any number
+
+    try:
+        value = json.loads(text, parse_constant=refuse, parse_float=finite)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is text that nobody can write
+    except EditError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise EditError(f"This is not JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise EditError(f"A JSON object was expected, not {type(value).__name__}.")
+    return value
+
+
+def open_sent(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A picture file from outside as uint8 (H, W, 3). Raises EditError, whatever the file makes its reader raise:
+    the decoders are foreign code with exceptions of their own, and a damaged file is the sender's affair.
+    """
+    try:
+        return open_image(data, max_pixels)
+    except EditError:
+        raise
+    except Exception as error:
+        log.info("a picture of %d bytes made its reader fail: %s: %s", len(data), type(error).__name__, error)
+        raise EditError("The picture cannot be read: its file is damaged. Save it again and resend.") from None

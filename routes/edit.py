@@ -1,0 +1,373 @@
+"""POST /edit: one picture or two in base64 and what to change, answered with the picture.
+
+What a request may cost is bounded before it costs it. Its place in the `EditQueue` is taken before its body is read,
+the bytes that all requests hold together are counted, the settings are checked before a picture is opened, and a
+picture's size before it is decoded. Everything is in the request: nothing is fetched and no path is opened for anybody.
+
+The queue is fair by client address: of the edits that wait, the next is of the client with the fewest in the engine,
+and among those of the one whose last turn lies furthest back. One address may take half of the places, so it cannot
+shut out the others. Over the bound the answer is 503 with Retry-After, an estimate from the frames done lately.
+
+A client that hangs up is noticed while its edit waits and while it runs: its place is freed at once, and the engine
+stops within one step.
+"""
+
+import asyncio
+import base64
+import binascii
+import itertools
+import math
+import reprlib
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from images import EditError, encode_jpeg, encode_png, fit
+from qwen_realtime import LIMITS, SIZE_MULTIPLE, EditParams
+from routes.access import Refusal, open_sent, plain, read_json
+from routes.holder import EngineHolder
+
+MAX_BODY_BYTES = 64 * 2**20  # two photographs in base64
+MAX_HELD_BYTES = 512 * 2**20  # bodies and opened pictures of all requests together
+BODY_TIMEOUT_S = 60.0
+EDIT_TIMEOUT_S = 600.0  # no edit takes so long: only an engine that hangs
+MAX_RETRY_AFTER_S = 60
+FORMATS = {"png": "image/png", "jpeg": "image/jpeg"}
+OFFERS = ("application/json", *FORMATS.values())
+
+
+# ------------------------------------------------------------------------------------------------------ the queue
+
+
+class Ticket:
+    """One request's place in the queue, from its headers to its answer."""
+
+    def __init__(self, queue: "EditQueue", client: str, number: int):
+        self._queue, self.client, self.number = queue, client, number
+        self.held_bytes = 0
+        self.called: asyncio.Event | None = None  # set when its turn has come; None before it waits for one
+        self.running = False
+
+    def __enter__(self) -> "Ticket":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._queue.leave(self)
+
+    def hold(self, count: int) -> None:
+        """This request now holds `count` bytes. Raises a Refusal when all together would hold too many."""
+        before, self.held_bytes = self.held_bytes, count
+        if self._queue.held_bytes > MAX_HELD_BYTES:
+            self.held_bytes = before
+            raise self._queue.full(f"The waiting requests hold {self._queue.held_bytes:,} bytes.")
+
+    async def turn(self) -> None:
+        """Returns when this request may use the engine."""
+        self.called = asyncio.Event()
+        self._queue.call()
+        await self.called.wait()
+
+
+class EditQueue:
+    """At most `running()` requests in the engine and `waiting` before it. Used from one event loop only."""
+
+    def __init__(self, running: Callable[[], int], waiting: int, frame_s: Callable[[], float]):
+        """`frame_s` gives the seconds that a frame takes now: what Retry-After is estimated from."""
+        self._running, self._waiting, self._frame_s = running, waiting, frame_s
+        self._tickets: dict[int, Ticket] = {}
+        self._numbers = itertools.count(1)
+        self._turns = 0
+        self._last_turns: dict[str, int] = {}  # of each client that is here; a new one enters at the end
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(ticket.held_bytes for ticket in self._tickets.values())
+
+    def summary(self) -> dict[str, int]:
+        running = sum(ticket.running for ticket in self._tickets.values())
+        return {
+            "running": running,
+            "waiting": len(self._tickets) - running,
+            "places": self._running() + self._waiting,
+            "held_bytes": self.held_bytes,
+        }
+
+    def enter(self, client: str) -> Ticket:
+        """A place for a request of this client. Raises a Refusal when there is none."""
+        places = self._running() + self._waiting
+        own = sum(ticket.client == client for ticket in self._tickets.values())
+        if len(self._tickets) >= places:
+            raise self.full(f"{len(self._tickets)} edits are waiting or running; there are {places} places.")
+        if own >= max(1, places // 2):
+            raise self.full(f"{own} edits from your address are waiting or running, half of the {places} places.")
+        ticket = Ticket(self, client, next(self._numbers))
+        self._tickets[ticket.number] = ticket
+        self._last_turns.setdefault(client, self._turns)
+        return ticket
+
+    def full(self, why: str) -> Refusal:
+        seconds = math.ceil(len(self._tickets) * self._frame_s())
+        return Refusal(503, f"{why} Try again later.", retry_after_s=min(max(seconds, 1), MAX_RETRY_AFTER_S))
+
+    def leave(self, ticket: Ticket) -> None:
+        self._tickets.pop(ticket.number, None)
+        if all(other.client != ticket.client for other in self._tickets.values()):
+            self._last_turns.pop(ticket.client, None)
+        self.call()
+
+    def call(self) -> None:
+        """Gives free turns to those that wait for one."""
+        while True:
+            tickets = self._tickets.values()
+            running = [ticket.client for ticket in tickets if ticket.running]
+            waiting = {t.number: t.client for t in tickets if t.called is not None and not t.running}
+            if len(running) >= self._running() or not waiting:
+                return
+            ticket = self._tickets[next_turn(waiting, running, self._last_turns)]
+            self._turns += 1
+            self._last_turns[ticket.client] = self._turns
+            ticket.running = True
+            ticket.called.set()
+
+
+def next_turn(waiting: dict[int, str], running: list[str], last_turns: dict[str, int]) -> int:
+    """Of the waiting {number: client} the number whose turn it is: of the client with the fewest running, among those
+    of the one whose last turn lies furthest back, and of its own the first that came.
+    """
+    return min(waiting, key=lambda n: (running.count(waiting[n]), last_turns[waiting[n]], n))
+
+
+# -------------------------------------------------------------------------------------------------- what was asked
+
+
+def negotiate(accept: str | None) -> str:
+    """The media type of `OFFERS` that an Accept header likes best; JSON where it has no preference. Refusal 406."""
+    wanted: dict[str, float] = {}
+    for item in (accept or "*/*").split(","):
+        kind, *parameters = (part.strip().lower() for part in item.split(";"))
+        quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+        try:
+            wanted[kind] = max(wanted.get(kind, 0.0), min(float(quality), 1.0))
+        except ValueError:
+            continue
+
+    def quality_of(offer: str) -> float:
+        ranges = (offer, f"{offer.split('/')[0]}/*", "*/*")  # the most exact one counts
+        return next((wanted[r] for r in ranges if r in wanted), 0.0)
+
+    best = max(OFFERS, key=quality_of)  # the first of equals
+    if not quality_of(best) > 0:
+        raise Refusal(406, f"The answer can be {', '.join(OFFERS)}, and the Accept header wants none of them.")
+    return best
+
+
+def read_base64(value, name: str) -> bytes:
+    """The bytes of a base64 text, with or without the data:...;base64, in front that a browser puts there."""
+    if not isinstance(value, str):
+        raise EditError(f'"{name}" must be a picture in base64, not {type(value).__name__}.')
+    if value.startswith("data:"):
+        value = value.partition(",")[2]
+    try:
+        return base64.b64decode("".join(value.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise EditError(f'"{name}" is not base64: {error}.') from None
+
+
+def output_size(width: int, height: int, side: int) -> tuple[int, int]:
+    """(width, height) of a result with the picture's own shape and the area of a square of `side` pixels.
+
+    Both are multiples of 16, as the model needs; of the nearest pairs, the one whose shape differs least, so that
+    cropping to it takes no more than a few pixels.
+    """
+    aspect = width / height
+    ideal = (side * aspect**0.5, side / aspect**0.5)
+    low, high = (int(limit) for limit in LIMITS["width"])
+    options = [
+        {min(max(int(round_(x / SIZE_MULTIPLE)) * SIZE_MULTIPLE, low), high) for round_ in (math.floor, math.ceil)}
+        for x in ideal
+    ]
+    pairs = [(w, h) for w in sorted(options[0]) for h in sorted(options[1])]
+    return min(pairs, key=lambda p: (round(abs(math.log(p[0] / p[1] / aspect)), 6), abs(p[0] * p[1] - side * side)))
+
+
+def parse_edit(body: bytes, side: int):
+    """(images, params, format) of a POST /edit body. Without a size the result keeps the first picture's shape.
+
+    With a second picture, and no mode said, a blend ratio means "blend" and none means "references".
+    """
+    fields = read_json(body)
+    data_format = fields.pop("format", "png")
+    if not isinstance(data_format, str) or data_format not in FORMATS:
+        raise EditError(f'The format is {reprlib.repr(data_format)}. Allowed: "png", "jpeg".')
+    if "image" not in fields:
+        raise EditError('"image" is missing: a picture in base64.')
+    pictures = [read_base64(fields.pop("image"), "image")]
+    if fields.get("ref_image") is not None:
+        pictures.append(read_base64(fields["ref_image"], "ref_image"))
+        fields.setdefault("mode", "blend" if "blend_ratio" in fields else "references")
+    fields.pop("ref_image", None)
+    if "prompt" not in fields:
+        raise EditError('"prompt" is missing: what to change.')
+    params = EditParams.from_dict(fields)  # what is wrong with the settings is said before the pictures cost anything
+    if len(pictures) == 1 and params.mode != "edit":
+        raise EditError(f'The mode "{params.mode}" needs a second picture in "ref_image".')
+    if len(pictures) == 2 and params.mode == "edit":
+        raise EditError('Two pictures came in mode "edit". Allowed: one, or the mode "blend" or "references".')
+    images = [open_sent(picture) for picture in pictures]
+    if params.width is None and params.height is None:
+        width, height = output_size(images[0].shape[1], images[0].shape[0], side)
+        params = params.replace(width=width, height=height)
+    return fitted(images, params), params, data_format
+
+
+def fitted(images: list[np.ndarray], params: EditParams) -> list[np.ndarray]:
+    """The pictures at the output's size where the engine would make them so: a photograph of 60 megapixels then
+    neither waits in memory for its turn nor costs the inference thread the resizing.
+    """
+    if params.reference_area != "output" or params.width is None or params.height is None:
+        return images
+    return [fit(image, params.width, params.height, params.fit) for image in images]
+
+
+def check_headers(request: Request) -> None:
+    """Refuses by the headers alone what the body could not make good."""
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refusal(415, f'The content type is {reprlib.repr(kind)}. Allowed: "application/json".')
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        raise Refusal(415, f"The content encoding is {reprlib.repr(coding)}. Allowed: none.")
+    length = request.headers.get("content-length", "")
+    if length.isascii() and length.isdigit() and int(length) > MAX_BODY_BYTES:
+        raise _too_large()
+
+
+def _too_large() -> Refusal:
+    return Refusal(413, f"The request is too large. At most {MAX_BODY_BYTES:,} bytes are allowed.")
+
+
+async def read_body(request: Request, ticket: Ticket) -> bytes:
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in request.stream():  # the length header may be absent: count what really comes
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise _too_large()
+                ticket.hold(len(body))
+    except TimeoutError:
+        text = f"Of the request {len(body):,} bytes came in {BODY_TIMEOUT_S:g} s. Send it faster."
+        raise Refusal(408, text) from None
+    return bytes(body)
+
+
+# --------------------------------------------------------------------------------------------------- doing it
+
+
+class EditDesk:
+    """The handler of POST /edit and its queue."""
+
+    def __init__(self, holder: EngineHolder, pool: ThreadPoolExecutor, *, waiting: int):
+        self._holder, self._pool = holder, pool
+        self._opening = asyncio.Semaphore(2)  # large uploads opened at one time: each may take hundreds of MB
+        self.queue = EditQueue(self._running_places, waiting, self._frame_s)
+
+    async def edit(self, request: Request) -> Response:
+        media_type = negotiate(request.headers.get("accept"))
+        engine = ready_engine(self._holder)
+        check_headers(request)
+        loop = asyncio.get_running_loop()
+        with self.queue.enter(request.client.host if request.client else "") as ticket:
+            body = await read_body(request, ticket)
+            async with self._opening:
+                images, params, data_format = await loop.run_in_executor(
+                    self._pool, parse_edit, body, engine.default_size
+                )
+            del body
+            ticket.hold(sum(image.nbytes for image in images))
+            result = await unless_gone(request, self._run(ticket, engine, images, params))
+            if result.error is not None:
+                raise result.error
+            if media_type != "application/json":
+                data_format = next(name for name, kind in FORMATS.items() if kind == media_type)
+            encode = encode_png if data_format == "png" else encode_jpeg
+            data = await loop.run_in_executor(self._pool, encode, result.image)
+        return _answer(result, data, data_format, as_json=media_type == "application/json")
+
+    async def _run(self, ticket: Ticket, engine, images: list[np.ndarray], params: EditParams):
+        """The EditResult. However this ends, the session is closed and its frame stops within a step."""
+        try:
+            async with asyncio.timeout(EDIT_TIMEOUT_S):
+                await ticket.turn()
+                try:
+                    session = engine.open_session()
+                except EditError as error:
+                    raise self.queue.full(str(error)) from None
+                with session:
+                    number = session.submit(images, params)
+                    async for result in session:
+                        if result.number == number:
+                            return result
+        except TimeoutError:
+            raise Refusal(503, f"The edit was not done within {EDIT_TIMEOUT_S:g} s.", retry_after_s=60) from None
+        raise Refusal(503, "The session was closed before the picture was done.", retry_after_s=5)
+
+    def _running_places(self) -> int:
+        engine = self._holder.engine
+        # The quarter that live views leave; the engine does one frame at a time, so more would not be faster.
+        return 1 if engine is None else max(1, engine.config.max_sessions // 4)
+
+    def _frame_s(self) -> float:
+        engine = self._holder.engine
+        return 1.0 if engine is None else engine.stats().stages_ms.get("total", 1000.0) / 1000
+
+
+def ready_engine(holder: EngineHolder):
+    """The engine; Refusal 503 while there is none."""
+    status = holder.status()
+    if status["state"] == "loading":
+        text = f"The model is loading ({status['fraction']:.0%}: {status['text']}). Try again shortly."
+        raise Refusal(503, text, kind="loading", retry_after_s=5)
+    if status["state"] == "failed":
+        raise Refusal(503, f"The model could not be loaded: {status['text']}", kind="failed_to_load")
+    return holder.engine
+
+
+async def unless_gone(request: Request, work: Coroutine):
+    """What `work` returns or raises. When the caller hangs up first, work is cancelled and ClientDisconnect raised."""
+
+    async def gone():
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            return tasks[0].result()
+        raise ClientDisconnect
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # the place is free when this returns
+
+
+def _answer(result, data: bytes, data_format: str, *, as_json: bool) -> Response:
+    params, stages_ms, age_ms = result.params, plain(result.stages_ms), round(result.age_ms, 1)
+    if not as_json:
+        timing = ", ".join(f"{name};dur={ms:.1f}" for name, ms in stages_ms.items())
+        headers = {"Server-Timing": timing, "X-Age-Ms": str(age_ms), "X-Seed": str(params.seed)}
+        return Response(data, media_type=FORMATS[data_format], headers=headers)
+    answer = {
+        "image": base64.b64encode(data).decode(),
+        "format": data_format,
+        "width": result.image.shape[1],
+        "height": result.image.shape[0],
+        "seed": params.seed,
+        "stages_ms": stages_ms,
+        "age_ms": age_ms,
+    }
+    return JSONResponse(answer)

@@ -1,0 +1,63 @@
+"""The engine, or how far its loading has come.
+
+The routes answer from the first second, the model follows: so they hold an `EngineHolder`, never an engine.
+"""
+
+import threading
+
+from routes.access import plain
+
+
+class EngineHolder:
+    """The engine, or how far its loading has come. Written by the loader's thread, read by everybody."""
+
+    def __init__(self, engine=None, choice: dict | None = None):
+        self._changed = threading.Condition()
+        self._engine = engine
+        self._state = self._phase = "loading" if engine is None else "ready"
+        self._text, self._fraction = ("Starting", 0.0) if engine is None else ("Ready", 1.0)
+        self.choice = choice or {}  # which model and why: {"model", "lora", "reason", "how_to_get_other"}
+
+    @property
+    def engine(self):
+        """The engine, or None while it is loading or when loading failed."""
+        return self._engine
+
+    def progress(self, text: str, fraction: float, *, warming: bool = False) -> None:
+        """How far loading is; `warming` when the weights are there and a first picture is being edited."""
+        with self._changed:
+            self._text, self._fraction = text, min(max(float(fraction), 0.0), 1.0)
+            self._phase = "warming" if warming else "loading"
+            self._changed.notify_all()
+
+    def ready(self, engine) -> None:
+        with self._changed:
+            self._engine, self._text, self._fraction = engine, "Ready", 1.0
+            self._state = self._phase = "ready"
+            self._changed.notify_all()
+
+    def fail(self, text: str) -> None:
+        with self._changed:
+            self._engine, self._text = None, text
+            self._state = self._phase = "failed"
+            self._changed.notify_all()
+
+    def status(self) -> dict:
+        """{"state": "loading" | "ready" | "failed", "phase", "text", "fraction", "choice"}; when ready, what runs.
+
+        The phase is the state, but "warming" in the last part of "loading".
+        """
+        with self._changed:
+            status = {"state": self._state, "phase": self._phase, "text": self._text, "fraction": self._fraction}
+            status["choice"], engine = self.choice, self._engine
+        if engine is not None:
+            status["description"] = plain(engine.description)
+            status["default_size"] = engine.default_size
+        return status
+
+    def wait(self, timeout: float) -> dict:
+        """The status, after the next change or `timeout` seconds, at once when there is nothing to wait for."""
+        with self._changed:
+            if self._state == "loading":
+                self._changed.wait(timeout)
+        return self.status()

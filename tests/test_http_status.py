@@ -1,0 +1,197 @@
+"""What the server says about itself: alive, ready, in numbers, and in a document that its own examples hold to."""
+
+import asyncio
+import dataclasses
+import html
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from test_server import StubPipeline, b64, grey, post, serving
+
+from images import encode_jpeg, open_image
+from qwen_realtime import CHOICES, LIMITS, EditParams, RealtimeEngine
+from routes.document import docs_page, edit_schema, openapi
+from routes.status import family, resident_bytes
+from server import EngineHolder, Guard, create_routes
+
+
+def get(holder: EngineHolder, path: str, **options) -> httpx.Response:
+    app = Starlette(routes=create_routes(holder, **options))
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:8086") as client:
+            return await client.get(path)
+
+    return asyncio.run(ask())
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with RealtimeEngine(StubPipeline()) as engine:
+        yield engine
+
+
+def test_ready_tells_loading_warming_ready_and_failed_apart_while_health_is_always_200(engine):
+    holder = EngineHolder(choice={"model": "stub"})
+    holder.progress("Reading", 0.4)
+    loading = get(holder, "/ready")
+    assert loading.status_code == 503 and int(loading.headers["retry-after"]) > 0
+    assert loading.json() == {"state": "loading", "text": "Reading", "fraction": 0.4}
+    holder.progress("Editing a first picture", 0.95, warming=True)
+    assert get(holder, "/ready").json()["state"] == "warming" and get(holder, "/ready").status_code == 503
+    health = get(holder, "/health")  # the page knows three states: warming is the end of loading
+    assert health.status_code == 200 and (health.json()["state"], health.json()["phase"]) == ("loading", "warming")
+    holder.ready(engine)
+    assert get(holder, "/ready").status_code == 200 and get(holder, "/ready").json()["state"] == "ready"
+    holder.fail("no such folder")
+    failed = get(holder, "/ready")
+    assert failed.status_code == 503 and "retry-after" not in failed.headers  # waiting does not help
+    assert failed.json()["state"] == "failed" and "no such folder" in failed.json()["text"]
+    assert get(holder, "/health").status_code == 200
+
+
+def test_health_tells_model_choice_queue_live_views_and_memory(engine):
+    health = get(EngineHolder(engine, {"model": "stub", "reason": "a test"}), "/health").json()
+    assert health["choice"]["reason"] == "a test" and health["description"]["model"] == "stub"
+    assert health["queue"] == {"running": 0, "waiting": 0, "places": 40, "held_bytes": 0}
+    assert health["live"] == {"sockets": 0, "sessions": 0, "waiting": 0}
+    assert 10e6 < health["memory_bytes"]["process"] < 1e12 and resident_bytes() > 10e6
+    assert health["stats"]["latency_p95_ms"] >= 0
+
+
+SAMPLE = re.compile(
+    r'^([a-z_:][a-z0-9_:]*)(\{(?:[a-z_]+="(?:[^"\\\n]|\\["\\n])*",?)*\})? (-?[0-9.]+(?:e[+-]?[0-9]+)?)$'
+)
+
+
+def metrics(text: str) -> dict[str, float]:
+    """Prometheus's text format, each rule that we could break checked: {name and labels: value}."""
+    values, typed = {}, {}
+    for line in text.removesuffix("\n").split("\n"):
+        if line.startswith("# TYPE "):
+            _, _, name, kind = line.split(" ")
+            assert name not in typed and kind in ("counter", "gauge"), line
+            typed[name] = kind
+        elif not line.startswith("# HELP "):
+            match = SAMPLE.match(line)
+            assert match, line
+            assert match[1] in typed and list(typed)[-1] == match[1], f"not under its own TYPE: {line}"
+            assert match[1].endswith("_total") == (typed[match[1]] == "counter"), line
+            assert match[1] + (match[2] or "") not in values, f"twice: {line}"
+            values[match[1] + (match[2] or "")] = float(match[3])
+    return values
+
+
+def test_metrics_are_prometheus_text_and_count_what_happened(engine):
+    with serving(EngineHolder(engine)) as address:
+        before = metrics(httpx.get(f"http://{address}/metrics").text)
+        assert post(address, {"image": b64(grey()), "prompt": "keep"}).status_code == 200
+        assert post(address, {"image": "", "prompt": "keep"}).status_code == 400
+        answer = httpx.get(f"http://{address}/metrics")
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    after = metrics(answer.text)
+    prefix = "image_editor_"
+    assert after[prefix + "frames_total"] == before[prefix + "frames_total"] + 1
+    assert after[prefix + 'http_answers_total{path="/edit",status="200"}'] == 1
+    assert after[prefix + 'http_answers_total{path="/edit",status="400"}'] == 1
+    assert after[prefix + 'phase{phase="ready"}'] == after[prefix + "ready"] == 1
+    names = {re.split("[{]", name)[0].removeprefix(prefix) for name in after}
+    assert names >= {
+        "errors_total", "dropped_total", "sessions", "live_sessions", "queue_length", "stage_milliseconds",
+        "latency_milliseconds", "resident_memory_bytes", "frames_per_second",
+    }  # fmt: skip
+    assert after[prefix + 'stage_milliseconds{stage="total"}'] > 0
+
+
+def test_metrics_are_there_before_the_model_is():
+    holder = EngineHolder()
+    values = metrics(get(holder, "/metrics").text)
+    assert values["image_editor_ready"] == 0 and values['image_editor_phase{phase="loading"}'] == 1
+
+
+def test_a_label_may_be_any_text():
+    lines = family("x", "gauge", "help", [({"name": 'a"b\\c\nd'}, 1.0)])
+    assert lines[-1] == r'image_editor_x{name="a\"b\\c\nd"} 1' and SAMPLE.match(lines[-1])
+
+
+# The document
+
+
+def test_the_document_has_every_setting_with_the_engines_own_limits_and_defaults():
+    for pictures in ("one", "two"):
+        properties = edit_schema(pictures)["properties"]
+        for field in dataclasses.fields(EditParams):
+            schema = properties[field.name]
+            if field.name in LIMITS:
+                assert (schema["minimum"], schema["maximum"]) == LIMITS[field.name]
+            if field.name in CHOICES:
+                assert set(schema["enum"]) <= set(CHOICES[field.name])
+            if "default" in schema:
+                assert schema["default"] == field.default
+    assert "default" in edit_schema("one")["properties"]["steps"]
+
+
+def test_every_example_of_the_document_is_answered_with_200(engine):
+    document = openapi()
+    examples = document["paths"]["/edit"]["post"]["requestBody"]["content"]["application/json"]["examples"]
+    with serving(EngineHolder(engine)) as address:
+        for example in examples.values():
+            answer = post(address, example["value"])
+            assert answer.status_code == 200, answer.text
+        assert httpx.get(f"http://{address}/openapi.json").json() == document
+    assert len(examples) == 3
+
+
+def test_the_docs_pages_program_works_as_it_stands(engine, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("photo.jpg").write_bytes(encode_jpeg(grey(200)))
+    with serving(EngineHolder(engine)) as address:
+        page = httpx.get(f"http://{address}/docs").text
+        shell, program = (html.unescape(code) for code in re.findall("<pre><code>(.*?)</code>", page, re.DOTALL)[:2])
+        exec(compile(program, "the docs page", "exec"), {})
+        assert open_image(Path("edited.png").read_bytes()).shape == (64, 64, 3)
+        if shutil.which("curl"):
+            Path("edited.png").unlink()
+            subprocess.run(["bash", "-c", shell], check=True, timeout=20, env=os.environ | {"NO_PROXY": "127.0.0.1"})
+            assert open_image(Path("edited.png").read_bytes()).shape == (64, 64, 3)
+
+
+def test_the_document_says_how_to_log_in_only_where_one_must():
+    assert "security" not in openapi() and "securitySchemes" in openapi(locked=True)["components"]
+    assert "X-API-Key" not in docs_page(openapi(), "http://x")
+    assert "X-API-Key" in docs_page(openapi(locked=True), "http://x", locked=True)
+
+
+def test_the_docs_page_names_every_field_and_answer_and_loads_nothing_from_anywhere(engine):
+    answer = get(EngineHolder(engine), "/docs")
+    page, document = answer.text, openapi()
+    operation = document["paths"]["/edit"]["post"]
+    for name in (
+        *(field.name for field in dataclasses.fields(EditParams)),
+        *operation["responses"],
+        "ref_image",
+        "/live",
+    ):
+        assert name in page, name
+    assert not re.search(r"<(script|link|img|iframe)|url\(|@import", page)
+    assert re.findall(r'(?:src|href)="([^"]*)"', page) == ["openapi.json"]
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "http://127.0.0.1:8086/edit" in page  # the examples are for this server
+
+
+def test_a_host_header_cannot_write_into_the_docs_page(engine):
+    app = Starlette(routes=create_routes(EngineHolder(engine), guard=Guard()))
+
+    async def ask(host):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+            return await client.get("/docs", headers={"host": host})
+
+    for host in ('"><script>alert(1)</script>', "[", "a b"):
+        answer = asyncio.run(ask(host))
+        assert answer.status_code == 200 and "<script" not in answer.text
