@@ -581,6 +581,7 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
             "lora_weight": self._origin["lora_weight"],
             "scheduler": "lightning" if loading.is_lightning(self.scheduler) else "base",
             "dtype": str(_dtype(self.transformer)).removeprefix("torch."),
+            "quantized": loading.quantization(self.transformer),
             "device": str(self._execution_device),
             "parameters": sum(p.numel() for m in modules for p in m.parameters()),
         }
@@ -642,6 +643,8 @@ def load_pipeline(
     *,
     lora: str | None = None,
     lora_weight: float = 1.0,
+    quantize: str | None = None,
+    text_encoder_quantize: str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     progress: Callable[[str, float], None] | None = None,
@@ -649,8 +652,9 @@ def load_pipeline(
     """The pipeline on `device`, ready to run.
 
     `model`: "pocket" (the embedded model), a diffusers folder, or a hub id. `lora`: None or "none", "lightning-4",
-    "lightning-8", a file, a hub id, or a hub id and a file in it; fused into the weights. `dtype`: bfloat16 on CUDA,
-    float32 elsewhere if None. `progress(text, fraction)` hears what is being done. Raises EditError.
+    "lightning-8", a file, a hub id, or a hub id and a file in it; fused into the weights. `quantize`,
+    `text_encoder_quantize`: None, "none", "int8" or "fp8"; a folder that was quantised before needs neither. `dtype`:
+    bfloat16 on CUDA, float32 elsewhere if None. `progress(text, fraction)` hears what is done. Raises EditError.
     """
     tell = progress or (lambda text, fraction: None)
     device = loading.usable_device(device)
@@ -663,21 +667,19 @@ def load_pipeline(
         elif not (folder / "model_index.json").is_file():
             raise ValueError(f"the folder {folder} has no model_index.json")
         tell(f"Reading the model {model}", 0.2)
-        pipe = CachedQwenImageEditPipeline.from_pretrained(str(folder), dtype=dtype)
+        parts = loading.quantized_transformer(Path(folder), quantize, lora, dtype)
+        pipe = CachedQwenImageEditPipeline.from_pretrained(str(folder), dtype=dtype, **parts)
     except (OSError, ValueError) as error:
+        if isinstance(error, EditError):
+            raise
         raise EditError(
             f'The model "{model}" cannot be loaded: {error}\n'
             'Allowed: "pocket", a diffusers folder with a model_index.json, or a hub id such as '
             '"Qwen/Qwen-Image-Edit-2509" (needs the network once).'
         ) from error
-    tell(f"Moving the model to {device}", 0.8)
-    pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     pipe._origin |= {"model": model, "folder": Path(folder)}
-    if lora not in (None, "", "none"):
-        tell(f"Fusing the LoRA {lora}", 0.9)
-        pipe.change_lora(lora, lora_weight)
-    tell("Ready", 1.0)
+    loading.finish(pipe, device, (lora, lora_weight), None if parts else quantize, text_encoder_quantize, tell)
     return pipe
 
 

@@ -17,7 +17,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from transformers import Qwen2VLProcessor
 
+from fp8_linear import Fp8Linear
 from images import EditError
+from int8_linear import Int8Linear
+from quantized_linear import (
+    QuantizedLinear,
+    Swapped,
+    default_filter,
+    is_quantized,
+    load_quantized,
+    no_rotation,
+    rotate_down_projections,
+    swap_linears,
+)
 
 POCKET_FOLDER = Path(__file__).resolve().parent / "pocket_model" / "weights"
 
@@ -121,7 +133,7 @@ def add_lora(pipeline, name: str, edition: str, weight: float) -> tuple[bool, li
 
 
 def edition(transformer) -> str:
-    """"pocket", "2509" or "2511": no real Qwen-Image transformer has fewer than 20 blocks (it has 60)."""
+    """ "pocket", "2509" or "2511": no real Qwen-Image transformer has fewer than 20 blocks (it has 60)."""
     if transformer.config.num_layers < 20:
         return "pocket"
     return "2511" if transformer.config.get("zero_cond_t") else "2509"
@@ -129,6 +141,8 @@ def edition(transformer) -> str:
 
 def replace_lora(pipeline, origin: dict, lora: str | None, weight: float | None) -> None:
     """Takes away the LoRA that `origin` names, fuses `lora` if it is one, and notes it there. Raises EditError."""
+    if quantization(pipeline.transformer) is not None:
+        raise EditError("The transformer is quantised: its LoRA is chosen when the program starts.")
     if origin["lora_layers"]:
         restore_layers(pipeline.transformer, origin["folder"], origin["lora_layers"])
         pipeline.scheduler = type(pipeline.scheduler).from_pretrained(str(origin["folder"]), subfolder="scheduler")
@@ -155,6 +169,80 @@ def restore_layers(transformer, folder: Path | None, layers: list[str]) -> None:
                 parameters.pop(name).data.copy_(tensors.get_tensor(name))
     if parameters:
         raise EditError(f"The folder {folder} has no {', '.join(sorted(parameters)[:3])}: the LoRA cannot be changed.")
+
+
+UNREAD = {"img_mod", "txt_mod", "lm_head"}  # what a frame does not read: modulation of known times, vocabulary
+QUANTIZATIONS = {kind.kind: kind for kind in (Int8Linear, Fp8Linear)}
+
+
+def quantized_transformer(folder: Path, quantize: str | None, lora: str | None, dtype: torch.dtype) -> dict:
+    """{"transformer": model} if the folder's transformer was quantised before, else {}. Raises EditError.
+
+    Read to the CPU: `place` knows what of it belongs on a GPU.
+    """
+    if quantize not in (None, "none", *QUANTIZATIONS):
+        raise EditError(f'The quantisation is "{quantize}". Allowed: none, {", ".join(QUANTIZATIONS)}.')
+    stored = is_quantized(folder)
+    if stored is None:
+        return {}
+    if quantize not in (None, stored):
+        raise EditError(f"The folder {folder} is quantised to {stored}: it cannot be loaded as {quantize}.")
+    if lora not in (None, "", "none"):
+        raise EditError("A LoRA cannot be fused into a quantised model: python int8_linear.py MODEL OUT --lora NAME")
+    return {"transformer": load_quantized(folder, QUANTIZATIONS.values(), dtype=dtype)}
+
+
+def quantize(module, kind: str, device: torch.device) -> Swapped:
+    """Puts 8-bit linear layers into a transformer or a text encoder, each layer quantised on `device`. EditError."""
+    if kind not in QUANTIZATIONS:
+        raise EditError(f'The quantisation is "{kind}". Allowed: none, {", ".join(QUANTIZATIONS)}.')
+    # e4m3 has an exponent for outliers; int8 has not.
+    group = rotate_down_projections if kind == "int8" else no_rotation
+    return swap_linears(module, QUANTIZATIONS[kind], default_filter, group, device)
+
+
+def quantization(module) -> str | None:
+    """The kind of the module's 8-bit linear layers, or None."""
+    return next((m.kind for m in module.modules() if isinstance(m, QuantizedLinear)), None)
+
+
+def place(pipeline, device: torch.device) -> None:
+    """Moves the pipeline to `device`; of quantised components all but what a frame does not read (`UNREAD`).
+
+    The modulation's 13.6 GB would double what the GPU has to hold: `fast_path.modulation` fetches them, block by block,
+    for a time that is new. To run the stock modules move them after: `pipeline.transformer.to(device)`.
+    """
+    components = [c for c in pipeline.components.values() if isinstance(c, torch.nn.Module)]
+    if device.type == "cpu" or not any(map(quantization, components)):
+        pipeline.to(device)
+        return
+    for component in components:
+        stays = UNREAD if quantization(component) else set()
+        for name, module in component.named_modules():
+            if not stays & set(name.split(".")):
+                module._apply(lambda tensor: tensor.to(device), recurse=False)
+
+
+def finish(pipeline, device: torch.device, lora: tuple[str | None, float], transformer, text_encoder, tell) -> None:
+    """Fuses the LoRA, quantises to the two kinds given, and moves all to `device`, in the order that needs least there.
+
+    Weights that are quantised go to the device one layer at a time: no float copy of a model ever lies on it.
+    """
+    kinds = {"transformer": transformer, "text_encoder": text_encoder}
+    kinds = {name: kind for name, kind in kinds.items() if kind not in (None, "none")}
+    if not kinds:
+        tell(f"Moving the model to {device}", 0.6)
+        place(pipeline, device)
+    if lora[0] not in (None, "", "none"):
+        tell(f"Fusing the LoRA {lora[0]}", 0.7)  # where the weights are: on the CPU if they are quantised next
+        pipeline.change_lora(*lora)
+    for name, kind in kinds.items():
+        tell(f"Quantising the {name.replace('_', ' ')} to {kind}", 0.8)
+        quantize(getattr(pipeline, name), kind, device)
+    if kinds:
+        tell(f"Moving the model to {device}", 0.9)
+        place(pipeline, device)
+    tell("Ready", 1.0)
 
 
 def usable_device(device: str | torch.device) -> torch.device:

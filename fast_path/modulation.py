@@ -33,7 +33,7 @@ class Modulations:
         """Moves the layers' weights to the CPU if they are on a GPU; returns the bytes freed there."""
         if self.device.type != "cuda" or self.offloaded:
             return 0
-        freed = sum(p.numel() * p.element_size() for layer in self.layers for p in layer.parameters())
+        freed = sum(p.nbytes for layer in self.layers for p in layer.parameters() if p.is_cuda)
         for layer in self.layers:
             layer.to("cpu")
         self.offloaded = True

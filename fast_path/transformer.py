@@ -30,6 +30,8 @@ from fast_path import kernels
 from fast_path.graphs import Graphs
 from fast_path.kernels import Rows, qk_norm_rope, residual_norm_modulate
 from fast_path.modulation import Modulations
+from quantized_kernels import Quantized, residual_norm_modulate_quantize
+from quantized_linear import QuantizedLinear
 
 
 class FusedTransformer:
@@ -88,27 +90,33 @@ class FusedTransformer:
         words = model.txt_in(model.txt_norm(prompt_embeds))
         x = torch.cat([words.flatten(0, 1), model.img_in(torch.cat([latents, conditions], dim=1)).flatten(0, 1)])
         shift, scale = modulation[0, :, 0], modulation[0, :, 1]
-        h = residual_norm_modulate(x, None, None, shift, scale, rows, self.eps)
+        h = self._norm(self.blocks[0].reads_qkv, x, None, None, shift, scale, rows)
         for i, block in enumerate(self.blocks[:-1]):
             now, then = modulation[i].unbind(1), modulation[i + 1].unbind(1)  # six of (3, D) each
             heard = _by_stream(self._attend(self._qkv(block, h, batch, text, cos, sin)), text)
             y = block.out(heard, rows.text)
-            h = residual_norm_modulate(x, y, now[2], now[3], now[4], rows, self.eps)
+            h = self._norm(block.reads_mlp, x, y, now[2], now[3], now[4], rows)
             y = block.mlp(h, rows.text)
-            h = residual_norm_modulate(x, y, now[5], then[0], then[1], rows, self.eps)
+            h = self._norm(self.blocks[i + 1].reads_qkv, x, y, now[5], then[0], then[1], rows)
         # The last block: keys and values of all, the rest for the noise alone.
         block, now = self.blocks[-1], modulation[-1].unbind(1)
         heard = self._attend(self._qkv(block, h, batch, text, cos, sin), slice(text, text + noise)).flatten(0, 1)
         x = x[rows.text :].view(batch, -1, self.width)[:, :noise].reshape(-1, self.width)
         alone = Rows(0, noise, noise)
-        h = residual_norm_modulate(x, block.out(heard, 0), now[2], now[3], now[4], alone, self.eps)
+        h = self._norm(block.reads_mlp, x, block.out(heard, 0), now[2], now[3], now[4], alone)
         y = block.mlp(h, 0)
         h = residual_norm_modulate(x, y, now[5], *out.unsqueeze(1).expand(-1, 3, -1), alone, model.norm_out.norm.eps)
         return model.proj_out(h).view(batch, noise, -1)
 
-    def _qkv(self, block: "_Block", h: torch.Tensor, batch: int, text: int, cos, sin) -> torch.Tensor:
+    def _norm(self, reads: torch.dtype | None, x, y, gate, shift, scale, rows: Rows) -> torch.Tensor | Quantized:
+        """`residual_norm_modulate`, for layers that read 8-bit rows straight into those."""
+        if reads is None:
+            return residual_norm_modulate(x, y, gate, shift, scale, rows, self.eps)
+        return residual_norm_modulate_quantize(x, y, gate, shift, scale, rows, self.eps, reads)
+
+    def _qkv(self, block: "_Block", h: torch.Tensor | Quantized, batch: int, text: int, cos, sin) -> torch.Tensor:
         """(B, S, 3, H, d), text first, queries and keys normed and turned."""
-        length = h.shape[0] // batch
+        length = len(h.values if isinstance(h, Quantized) else h) // batch
         qkv = _by_row(block.qkv(h, batch * text), batch, text).view(
             batch, length, 3, self.heads, self.width // self.heads
         )
@@ -150,14 +158,15 @@ class _Block:
     def __init__(self, block):
         attention = block.attn
         self._qkv = (
-            _Merged([attention.add_q_proj, attention.add_k_proj, attention.add_v_proj]),
-            _Merged([attention.to_q, attention.to_k, attention.to_v]),
+            _merged([attention.add_q_proj, attention.add_k_proj, attention.add_v_proj]),
+            _merged([attention.to_q, attention.to_k, attention.to_v]),
         )
         norms = (attention.norm_q, attention.norm_k, attention.norm_added_q, attention.norm_added_k)
         self.norms = torch.stack([norm.weight.data for norm in norms]).view(2, 2, -1)  # [image or text][q or k]
         self._out = (attention.to_add_out, attention.to_out[0])
         self._up = (block.txt_mlp.net[0].proj, block.img_mlp.net[0].proj)
         self._down = (block.txt_mlp.net[2], block.img_mlp.net[2])
+        self.reads_qkv, self.reads_mlp = _reads(self._qkv), _reads(self._up)
 
     def qkv(self, h: torch.Tensor, text: int) -> torch.Tensor:
         """(R, D) -> (R, 3 D)"""
@@ -166,15 +175,17 @@ class _Block:
     def check(self) -> None:
         """RuntimeError if a layer's weight no longer is the part of the merged one that it was."""
         for merged in self._qkv:
-            merged.check()
+            if isinstance(merged, _Merged):
+                merged.check()
 
     def out(self, heard: torch.Tensor, text: int) -> torch.Tensor:
         """(R, D) -> (R, D)"""
         return _by_two(self._out, heard, text)
 
     def mlp(self, h: torch.Tensor, text: int) -> torch.Tensor:
-        """(R, D) -> (R, D)"""
-        return _by_two(self._down, _by_two(self._up, h, text, gelu=True), text)
+        """(R, D) -> (R, D). Where the rows between are quantised, the GELU is part of that and costs nothing."""
+        late = _alike(self._down)
+        return _by_two(self._down, _by_two(self._up, h, text, gelu=not late), text, gelu_before=late)
 
 
 class _Merged:
@@ -193,18 +204,40 @@ class _Merged:
             )
 
 
-def _by_two(layers: tuple, x: torch.Tensor, text: int, gelu: bool = False) -> torch.Tensor:
+def _merged(layers: list) -> "_Merged | QuantizedLinear":
+    return QuantizedLinear.merged(layers) if isinstance(layers[0], QuantizedLinear) else _Merged(layers)
+
+
+def _alike(layers: tuple) -> bool:
+    """Whether one quantisation of rows serves both layers."""
+    return all(isinstance(layer, QuantizedLinear) for layer in layers) and layers[0].reads == layers[1].reads
+
+
+def _reads(layers: tuple) -> torch.dtype | None:
+    """The 8-bit dtype that the norm before may write for both layers, or None."""
+    return layers[0].eight_bit if _alike(layers) and not layers[0].group else None
+
+
+def _by_two(layers: tuple, x: torch.Tensor | Quantized, text: int, gelu=False, gelu_before=False) -> torch.Tensor:
     """The first layer on the first `text` rows, the second on the others, into one tensor."""
-    y = x.new_empty(x.shape[0], layers[0].weight.shape[0])
+    if not isinstance(x, Quantized) and _alike(layers):
+        x = layers[0].quantize(x, gelu_before)
+    quantized = isinstance(x, Quantized)
+    like = layers[0].bias if quantized else x
+    y = like.new_empty(len(x.values if quantized else x), layers[0].weight.shape[0])
     for layer, rows in zip(layers, (slice(0, text), slice(text, None)), strict=True):
-        part = x[rows]
-        if part.shape[0] == 0:
+        part = x.part(rows) if quantized else x[rows]
+        if len(y[rows]) == 0:
             continue
-        if gelu and x.is_cuda:  # in the matrix product's epilogue, which has the tanh form, as the model has
+        if isinstance(layer, QuantizedLinear):
+            layer(part, gelu, out=y[rows])
+        elif gelu and x.is_cuda:  # in the matrix product's epilogue, which has the tanh form, as the model has
             torch._addmm_activation(layer.bias, part, layer.weight.t(), use_gelu=True, out=y[rows])
         else:
             torch.addmm(layer.bias, part, layer.weight.t(), out=y[rows])
-    return F.gelu(y, approximate="tanh") if gelu and not x.is_cuda else y
+            if gelu:
+                y[rows] = F.gelu(y[rows], approximate="tanh")
+    return y
 
 
 def _by_row(x: torch.Tensor, batch: int, text: int) -> torch.Tensor:

@@ -1,0 +1,435 @@
+"""Kernels of 8-bit linear layers: rows to 8 bits, and the product of two 8-bit matrices with its scales.
+
+A row of activations is quantised by its own largest number: one kernel reads the row, may apply the GELU before it and
+a rotation, and writes 8 bits and one float32 scale. `residual_norm_modulate_quantize` does it where the row is made
+anyway, so that it costs nothing. The product accumulates int8 x int8 in int32, exactly, or e4m3 x e4m3 in float32; both
+scales, the bias and, if asked for, the GELU are applied to the accumulator, and one rounded number is written.
+
+On Hopper both operands lie with the summed dimension contiguous, as its 8-bit tensor cores demand. Three forms of one
+kernel are measured against each other (`Config.form`): loads by pointer, loads by the tensor memory accelerator ("tma"),
+and the latter with as many programs as the GPU has multiprocessors, each of which fetches its next tile while it writes
+the last ("persistent"). For few rows the sum is cut into `split` parts which are added up in int32: exact in any order.
+
+On the CPU the same functions are written in PyTorch: the definition that the kernels are tested against.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # a CPU build of torch comes without it
+    triton = None
+
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+GROUPS = (0, 16, 256)  # lengths of a rotation's groups; 0 is none
+_TINY = 1e-30  # in place of the largest number of a row of zeros: finite inverse, zeros stay zeros
+_SPLIT_ELEMENTS = 512 * 12288  # outputs that a split product may have: its int32 sums take 25 MB
+
+
+class Quantized(NamedTuple):
+    """Rows of 8-bit numbers: values (R, K) int8 or float8_e4m3fn, scales (R,) float32; the rows are values * scales."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+    def part(self, rows: slice) -> "Quantized":
+        return Quantized(self.values[rows], self.scales[rows])
+
+    def dequantized(self) -> torch.Tensor:
+        """(R, K) float32"""
+        return self.values.float() * self.scales[:, None]
+
+
+class Config(NamedTuple):
+    """How the Triton kernel computes a product. `form` is "pointer", "tma" or "persistent"."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    form: str = "pointer"
+    split: int = 1
+
+    def __str__(self) -> str:
+        extra = f", split in {self.split}" if self.split > 1 else ""
+        return (
+            f"{self.form} {self.block_m}x{self.block_n}x{self.block_k}, {self.warps} warps, {self.stages} stages{extra}"
+        )
+
+
+# What is measured where the table below has no entry: few, because each costs a second of compiling once.
+CANDIDATES = (
+    Config(64, 128, 128, 4, 4),
+    Config(128, 128, 128, 4, 4),
+    Config(128, 128, 128, 8, 4),
+    Config(64, 128, 128, 4, 4, "tma"),
+    Config(128, 128, 128, 8, 4, "tma"),
+    Config(64, 256, 128, 8, 4, "tma"),
+    Config(128, 256, 128, 8, 3, "tma"),
+    Config(128, 128, 128, 8, 4, "persistent"),
+    Config(256, 128, 128, 8, 3, "persistent"),
+    Config(64, 128, 128, 4, 3, "tma"),
+    Config(64, 64, 128, 4, 6, "tma"),
+    Config(128, 128, 64, 4, 4, "tma"),
+    Config(64, 128, 128, 4, 5, "tma", 2),
+    Config(128, 128, 128, 8, 4, "tma", 2),
+    Config(64, 128, 128, 4, 5, "tma", 4),
+)
+
+
+def rotate(x: torch.Tensor, group: int) -> torch.Tensor:
+    """Each `group` neighbours of the last dimension by one orthogonal matrix: outliers are shared out among them.
+
+    Float32. A regular Hadamard matrix (ConvRot, arXiv 2512.03673), whose rows all have the same sum: the usual one has a
+    row of ones, which would gather the group's mean in one number. 16 is H4 x H4 with H4 = 1 but -1 on the antidiagonal;
+    256 is H16 x H16 with the two factors exchanged, which saves the kernel a transposition. Inputs and weights rotated
+    alike have the products that they had before.
+    """
+    if group not in GROUPS or (group and x.shape[-1] % group):
+        raise ValueError(f"groups of {group} of {x.shape[-1]} numbers. Allowed: {GROUPS} that divide the length.")
+    if not group:
+        return x.float()
+    h4 = 1.0 - 2.0 * torch.eye(4, device=x.device).flip(0)
+    h16 = torch.kron(h4, h4) / 4.0
+    if group == 16:
+        return (x.float().unflatten(-1, (-1, 16)) @ h16).flatten(-2)
+    return (h16 @ x.float().unflatten(-1, (-1, 16, 16)) @ h16).mT.flatten(-3)
+
+
+def quantize_rows(x: torch.Tensor, dtype: torch.dtype, group: int = 0, gelu: bool = False) -> Quantized:
+    """Rows of x (R, K), contiguous, as `dtype` (int8 or float8_e4m3fn) with a scale each, symmetric around zero.
+
+    In this order: GELU (tanh form), rotation in groups, the row's largest magnitude, rounding to even.
+    """
+    if not x.is_cuda or triton is None:
+        return _quantize_rows_torch(x, dtype, group, gelu)
+    return _quantize_rows_triton(x, dtype, group, gelu)
+
+
+def residual_norm_modulate_quantize(x, y, gate, shift, scale, rows, eps: float, dtype: torch.dtype) -> Quantized:
+    """`fast_path.kernels.residual_norm_modulate` followed by `quantize_rows`, to the same bits, in one kernel on CUDA.
+
+    Its arguments and the quantised type: x (R, D) becomes x + gate * y in place, the result is normed and modulated.
+    """
+    if not x.is_cuda:
+        from fast_path.kernels import residual_norm_modulate  # the package imports this module
+
+        return quantize_rows(residual_norm_modulate(x, y, gate, shift, scale, rows, eps), dtype)
+    return _norm_quantize_triton(x, y, gate, shift, scale, rows, eps, dtype)
+
+
+def finish(total: torch.Tensor, x_scales, weight_scales, bias, out: torch.Tensor, gelu: bool) -> torch.Tensor:
+    """Into out (R, N), what follows the sums: times both scales, plus bias, GELU, rounded once to out's dtype."""
+    y = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    torch.mul(total, x_scales[:, None], out=y)
+    y.mul_(weight_scales)
+    if bias is not None:
+        y.add_(bias)
+    if gelu:
+        y = F.gelu(y, approximate="tanh")
+    return out if y is out else out.copy_(y)
+
+
+def multiply(
+    x: Quantized, weight: Quantized, bias, out: torch.Tensor, config: Config, gelu: bool = False
+) -> torch.Tensor:
+    """`finish(x.values @ weight.values.T, ...)` by the Triton kernel. weight: (N, K) with a scale a row, out: (R, N)."""
+    (rows, depth), columns = x.values.shape, weight.values.shape[0]
+    assert x.values.is_contiguous() and weight.values.is_contiguous() and out.is_contiguous()
+    a, b = x.values, weight.values
+    if config.form != "pointer":
+        a = TensorDescriptor.from_tensor(a, [config.block_m, config.block_k])
+        b = TensorDescriptor.from_tensor(b, [config.block_n, config.block_k])
+    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
+    arguments = (a, b, x.scales, weight.scales, weight.scales if bias is None else bias, out)
+    shared = {
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP": 8, "GELU": gelu,
+        "HAS_BIAS": bias is not None, "SUM": tl.int32 if x.values.dtype == torch.int8 else tl.float32,
+        "num_warps": config.warps, "num_stages": config.stages,
+    }  # fmt: skip
+    if config.form == "persistent":
+        programs = min(tiles, _multiprocessors(out.device))
+        _persistent_kernel[(programs,)](*arguments, rows, columns, depth, programs, **shared)
+        return out
+    sums, arrived = (out, out) if config.split == 1 else _split_memory(out.device)
+    even = depth % config.block_k == 0 or config.form != "pointer"
+    _product_kernel[(tiles, config.split)](
+        *arguments, sums, arrived, rows, columns, depth,
+        SPLIT=config.split, TMA=config.form == "tma", EVEN=even, **shared,
+    )  # fmt: skip
+    return out
+
+
+def fits(config: Config, rows: int, columns: int, depth: int, dtype: torch.dtype) -> bool:
+    """Whether `config` makes sense for a product. Splits are for integers: float32 sums would depend on the order."""
+    if config.split > 1:
+        parts = -(-depth // config.block_k)
+        return dtype == torch.int8 and rows * columns <= _SPLIT_ELEMENTS and parts >= 2 * config.split
+    return config.block_m < 2 * rows or config.block_m == 64
+
+
+def tensor_cores_take(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton's kernel can run there: int8 from Ampere on, e4m3 from Ada on."""
+    least = (8, 0) if dtype == torch.int8 else (8, 9)
+    return triton is not None and torch.cuda.get_device_capability(device) >= least
+
+
+def has_tma(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@torch.no_grad()
+def measure_us(functions: list[Callable[[], object]], rounds: int = 4) -> float:
+    """Microseconds a call of `functions`, one after the other in a CUDA graph, the best of `rounds` replays.
+
+    Give each its own weights, together larger than the L2 cache, and the weights are read from memory as in a model.
+    """
+    for function in (functions[0], *functions):
+        function()
+    stream, graph = _measuring_stream(torch.cuda.current_device()), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            for function in functions:
+                function()
+        finally:
+            graph.capture_end()
+        times = []
+        for _ in range(rounds + 1):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+    return min(times[1:]) * 1e3 / len(functions)
+
+
+def _quantize_rows_torch(x, dtype, group, gelu) -> Quantized:
+    value = F.gelu(x.float(), approximate="tanh") if gelu else x.float()
+    value = rotate(value, group)
+    most = value.abs().amax(1).clamp_min(_TINY)
+    # A number divided by a tensor is its reciprocal times the number in PyTorch: rounded twice, unlike the kernel's.
+    value = value * (torch.full_like(most, LARGEST[dtype]) / most)[:, None]
+    return Quantized((value.round() if dtype == torch.int8 else value).to(dtype), most * (1.0 / LARGEST[dtype]))
+
+
+def _quantize_rows_triton(x, dtype, group, gelu) -> Quantized:
+    count, width = x.shape
+    assert x.is_contiguous() and (not group or width % group == 0), (x.shape, x.stride(), group)
+    out = _empty(count, width, dtype, x.device)
+    block = triton.next_power_of_2(width)
+    _quantize_rows_kernel[(count,)](
+        x, *out, width, LARGEST=LARGEST[dtype], TINY=_TINY, GROUP=group, GELU=gelu, BLOCK=block,
+        num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16,
+    )  # fmt: skip
+    return out
+
+
+def _norm_quantize_triton(x, y, gate, shift, scale, rows, eps, dtype) -> Quantized:
+    count, width = x.shape
+    out = _empty(count, width, dtype, x.device)
+    _norm_quantize_kernel[(count,)](
+        x, x if y is None else y, *out, shift if gate is None else gate, shift, scale,
+        0 if gate is None else gate.stride(0), shift.stride(0), rows.text, rows.image, rows.noise, width, eps,
+        HAS_Y=y is not None, CLIP=x.dtype == torch.float16, LARGEST=LARGEST[dtype], TINY=_TINY,
+        BLOCK=triton.next_power_of_2(width), num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def _empty(rows: int, width: int, dtype: torch.dtype, device) -> Quantized:
+    return Quantized(
+        torch.empty(rows, width, dtype=dtype, device=device), torch.empty(rows, dtype=torch.float32, device=device)
+    )
+
+
+@functools.cache
+def _measuring_stream(device: int) -> torch.cuda.Stream:
+    """One for all: libraries keep a workspace for every stream that they saw."""
+    return torch.cuda.Stream(device)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_split_sums: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}  # recordings read them: never freed
+
+
+def _split_memory(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of split products and how many parts have been added to each tile. Every product leaves zeros behind.
+
+    One for all products of a device: they run one after the other, on one stream at a time.
+    """
+    if device not in _split_sums:
+        _split_sums[device] = (
+            torch.zeros(_SPLIT_ELEMENTS, dtype=torch.int32, device=device),
+            torch.zeros(math.ceil(_SPLIT_ELEMENTS / 64 / 16), dtype=torch.int32, device=device),
+        )
+    return _split_sums[device]
+
+
+if triton is not None:
+    # Row counts change with every prompt, and with them where a stream's rows begin: without `do_not_specialize` some of
+    # them would compile a kernel anew.
+
+    @triton.jit
+    def _gelu(x):
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # the tanh form, rewritten
+
+    @triton.jit
+    def _store_quantized(value, at, inside, values, scales, row, LARGEST: tl.constexpr, TINY: tl.constexpr):
+        most = tl.maximum(tl.max(tl.abs(value)), TINY)
+        value = value * tl.div_rn(tl.full((), LARGEST, tl.float32), most)
+        if values.dtype.element_ty == tl.int8:
+            value = (value + 12582912.0) - 12582912.0  # 1.5 * 2^23: float32 has no fraction there, rounds to even
+        tl.store(values + at, value.to(values.dtype.element_ty), mask=inside)
+        tl.store(scales + row, most * (1.0 / LARGEST))
+
+    @triton.jit
+    def _quantize_rows_kernel(
+        x, values, scales, width,
+        LARGEST: tl.constexpr, TINY: tl.constexpr, GROUP: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0)
+        if GROUP > 0:
+            columns = tl.arange(0, BLOCK // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+        else:
+            columns = tl.arange(0, BLOCK)
+        inside = columns < width
+        at = row.to(tl.int64) * width + columns
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        if GELU:
+            value = _gelu(value)
+        if GROUP > 0:
+            i, j = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+            signs = ((i // 4 + j // 4 == 3) != (i % 4 + j % 4 == 3)).to(tl.float32)
+            hadamard = 0.25 - 0.5 * signs
+            value = tl.dot(value, hadamard, input_precision="tf32")
+            if GROUP == 256:
+                value = tl.permute(tl.reshape(value, (BLOCK // 256, 16, 16)), (0, 2, 1))
+                value = tl.dot(tl.reshape(value, (BLOCK // 16, 16)), hadamard, input_precision="tf32")
+        _store_quantized(value, at, inside, values, scales, row, LARGEST, TINY)
+
+    @triton.jit(do_not_specialize=["text", "image", "noise"])
+    def _norm_quantize_kernel(
+        x, y, values, scales, gate, shift, scale, gate_stride, stride, text, image, noise, width, eps,
+        HAS_Y: tl.constexpr, CLIP: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0)
+        columns = tl.arange(0, BLOCK)
+        inside = columns < width
+        at = row.to(tl.int64) * width + columns
+        kind = tl.where(row < text, 0, tl.where((row - text) % image < noise, 1, 2))
+        modulation = kind * stride + columns
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        if HAS_Y:
+            added = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+            value += tl.load(gate + kind * gate_stride + columns, mask=inside, other=0.0).to(tl.float32) * added
+            if CLIP:
+                value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
+            rounded = value.to(x.dtype.element_ty)
+            tl.store(x + at, rounded, mask=inside)
+            value = rounded.to(tl.float32)  # the norm sees what the next block will read
+        centred = tl.where(inside, value - tl.sum(value) / width, 0.0)
+        normed = centred * tl.rsqrt(tl.sum(centred * centred) / width + eps)
+        factor = 1.0 + tl.load(scale + modulation, mask=inside, other=0.0).to(tl.float32)
+        moved = normed * factor + tl.load(shift + modulation, mask=inside, other=0.0).to(tl.float32)
+        moved = moved.to(x.dtype.element_ty).to(tl.float32)  # the same bits as in two kernels
+        _store_quantized(moved, at, inside, values, scales, row, LARGEST, TINY)
+
+    @triton.jit
+    def _place(tile, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+        """Row and column of a tile. GROUP rows of tiles go through the columns together: their weights stay in L2."""
+        tall, wide = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+        first = tile // (GROUP * wide) * GROUP
+        height = tl.minimum(tall - first, GROUP)
+        inner = tile % (GROUP * wide)
+        return first + inner % height, inner // height
+
+    @triton.jit
+    def _finish(
+        total, row, column, row_scales, column_scales, bias, out, rows, columns,
+        GELU: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ):  # fmt: skip
+        across = column < columns
+        down = row < rows
+        value = total.to(tl.float32) * tl.load(row_scales + row, mask=down, other=0.0)[:, None]
+        value = value * tl.load(column_scales + column, mask=across, other=0.0)[None, :]
+        if HAS_BIAS:
+            value += tl.load(bias + column, mask=across, other=0.0).to(tl.float32)[None, :]
+        if GELU:
+            value = _gelu(value)
+        at = row.to(tl.int64)[:, None] * columns + column[None, :]
+        tl.store(out + at, value.to(out.dtype.element_ty), mask=down[:, None] & across[None, :])
+
+    @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["row_scales"])
+    def _product_kernel(
+        a, b, row_scales, column_scales, bias, out, sums, arrived, rows, columns, depth,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+        SPLIT: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+        GELU: tl.constexpr, HAS_BIAS: tl.constexpr, SUM: tl.constexpr,
+    ):  # fmt: skip
+        tile = tl.program_id(0)
+        m, n = _place(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP)
+        row, column = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
+        inner = tl.arange(0, BLOCK_K)
+        steps = tl.cdiv(depth, BLOCK_K)
+        share = tl.cdiv(steps, SPLIT)
+        start = tl.program_id(1) * share
+        if not TMA:  # rows beyond the last read others in their place: no masks in the loop, and none of it is stored
+            a_at = a + (row % rows).to(tl.int64)[:, None] * depth + inner[None, :]
+            b_at = b + (column % columns).to(tl.int64)[None, :] * depth + inner[:, None]
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM)
+        for step in range(start, tl.minimum(start + share, steps)):
+            k = step * BLOCK_K
+            if TMA:
+                x = a.load([m * BLOCK_M, k])
+                w = b.load([n * BLOCK_N, k]).T
+            elif EVEN:
+                x = tl.load(a_at + k)
+                w = tl.load(b_at + k)
+            else:
+                x = tl.load(a_at + k, mask=(k + inner < depth)[None, :], other=0.0)
+                w = tl.load(b_at + k, mask=(k + inner < depth)[:, None], other=0.0)
+            total = tl.dot(x, w, total, out_dtype=SUM)
+        if SPLIT == 1:
+            _finish(total, row, column, row_scales, column_scales, bias, out, rows, columns, GELU, HAS_BIAS)
+        else:
+            at = row[:, None] * columns + column[None, :]
+            inside = (row < rows)[:, None] & (column < columns)[None, :]
+            tl.atomic_add(sums + at, total, mask=inside, sem="relaxed")
+            tl.debug_barrier()  # all of this program's sums are there before it says so
+            if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLIT - 1:  # the last one finishes, and tidies up
+                total = tl.load(sums + at, mask=inside, other=0, cache_modifier=".cg")  # atomics bypass the L1 cache
+                tl.store(sums + at, tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM), mask=inside)
+                tl.store(arrived + tile, 0)
+                _finish(total, row, column, row_scales, column_scales, bias, out, rows, columns, GELU, HAS_BIAS)
+
+    @triton.jit(do_not_specialize=["rows", "programs"], do_not_specialize_on_alignment=["row_scales"])
+    def _persistent_kernel(
+        a, b, row_scales, column_scales, bias, out, rows, columns, depth, programs,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+        GELU: tl.constexpr, HAS_BIAS: tl.constexpr, SUM: tl.constexpr,
+    ):  # fmt: skip
+        tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
+        for tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
+            m, n = _place(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP)
+            total = tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM)
+            for step in range(tl.cdiv(depth, BLOCK_K)):
+                x = a.load([m * BLOCK_M, step * BLOCK_K])
+                w = b.load([n * BLOCK_N, step * BLOCK_K]).T
+                total = tl.dot(x, w, total, out_dtype=SUM)
+            row, column = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
+            _finish(total, row, column, row_scales, column_scales, bias, out, rows, columns, GELU, HAS_BIAS)

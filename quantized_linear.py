@@ -1,0 +1,475 @@
+"""What INT8 and FP8 linear layers share: the layer, choosing its backend, putting layers into a model, files.
+
+A quantised layer keeps its weight in 8 bits with a float32 scale for each output; inputs are quantised as they come, by
+a scale for each row. It is no `nn.Linear`: whoever looks for those to fuse a LoRA must do so before. `int8_linear` and
+`fp8_linear` add the number format and the ways to multiply it; those for one shape are measured against each other the
+first time that it comes, never inside a CUDA graph's recording, and the reason stays readable (`QuantizedLinear.choice`).
+
+Why not torchao: its int8 was slower than bf16 on an H200 and its fp8 needed one and a half minutes of compiling for each
+size (2-step frames, torch 2.11); here nothing is compiled but a few small kernels, once.
+
+A quantised model is a diffusers folder whose `transformer/` holds `quantization.json` and `quantized-*.safetensors` in
+place of diffusers' files: stock refuses it by name, where it would read 8-bit weights without their scales in silence.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import quantized_kernels as kernels
+from quantized_kernels import Config, Quantized, quantize_rows
+
+MULTIPLE = 16  # inputs and outputs: 16 bytes are what tensor cores and the memory accelerator take
+# Layers of Qwen-Image that stay as they are: they are read once a step or run on one row, and errors there reach all.
+# And of its text encoder: what is not read at all, and what is small and sees pixels.
+KEPT = ("img_in", "txt_in", "time_text_embed", "norm_out", "proj_out", "img_mod", "txt_mod", "lm_head", "visual")
+NOTE, FILES = "quantization.json", "quantized-*.safetensors"
+_COLD_BYTES = 160e6  # weights in a measurement: more than twice the 60 MB of L2 on Hopper
+
+# (kind, rows up to, outputs, inputs) -> backend and how, where a measurement on an H200 stands for one on the spot.
+TABLE: dict[tuple[str, int, int, int], tuple[str, Config | None]] = {
+    ("int8", 512, 3072, 3072): ("triton", Config(64, 128, 128, 4, 4, "tma")),
+    ("fp8", 512, 3072, 3072): ("triton", Config(64, 128, 128, 4, 4, "tma")),
+    ("int8", 512, 9216, 3072): ("triton", Config(64, 128, 128, 4, 3, "tma")),
+    ("fp8", 512, 9216, 3072): ("scaled_mm", None),
+    ("int8", 512, 12288, 3072): ("triton", Config(64, 128, 128, 4, 3, "tma")),
+    ("fp8", 512, 12288, 3072): ("scaled_mm", None),
+    ("int8", 512, 3072, 12288): ("triton", Config(64, 128, 128, 4, 4, "tma")),
+    ("fp8", 512, 3072, 12288): ("scaled_mm", None),
+    ("int8", 2048, 3072, 3072): ("triton", Config(64, 128, 128, 4, 3, "tma")),
+    ("fp8", 2048, 3072, 3072): ("scaled_mm", None),
+    ("int8", 2048, 9216, 3072): ("triton", Config(128, 128, 64, 4, 4, "tma")),
+    ("fp8", 2048, 9216, 3072): ("scaled_mm", None),
+    ("int8", 2048, 12288, 3072): ("triton", Config(256, 128, 128, 8, 3, "persistent")),
+    ("fp8", 2048, 12288, 3072): ("scaled_mm", None),
+    ("int8", 2048, 3072, 12288): ("triton", Config(64, 128, 128, 4, 3, "tma")),
+    ("fp8", 2048, 3072, 12288): ("scaled_mm", None),
+    ("int8", 8192, 3072, 3072): ("triton", Config(128, 128, 64, 4, 4, "tma")),
+    ("fp8", 8192, 3072, 3072): ("scaled_mm", None),
+    ("int8", 8192, 9216, 3072): ("triton", Config(256, 128, 128, 8, 3, "persistent")),
+    ("fp8", 8192, 9216, 3072): ("scaled_mm", None),
+    ("int8", 8192, 12288, 3072): ("triton", Config(128, 128, 64, 4, 4, "tma")),
+    ("fp8", 8192, 12288, 3072): ("scaled_mm", None),
+    ("int8", 8192, 3072, 12288): ("triton", Config(128, 256, 128, 8, 4, "tma")),
+    ("fp8", 8192, 3072, 12288): ("scaled_mm", None),
+    ("int8", 256, 3072, 3072): ("triton", Config(64, 64, 128, 4, 6, "tma")),
+    ("fp8", 256, 3072, 3072): ("triton", Config(64, 128, 128, 4, 4)),
+    ("int8", 256, 9216, 3072): ("triton", Config(64, 128, 128, 4, 3, "tma")),
+    ("fp8", 256, 9216, 3072): ("scaled_mm", None),
+    ("int8", 256, 12288, 3072): ("triton", Config(64, 128, 128, 4, 3, "tma")),
+    ("fp8", 256, 12288, 3072): ("scaled_mm", None),
+    ("int8", 256, 3072, 12288): ("triton", Config(64, 64, 128, 4, 6, "tma")),
+    ("fp8", 256, 3072, 12288): ("scaled_mm", None),
+}
+
+
+class Choice(NamedTuple):
+    """How a product is computed, and why so."""
+
+    backend: str
+    config: Config | None
+    reason: str
+
+
+class QuantizedLinear(nn.Module):
+    """y = x W^T + b with W (N, K) and the rows of x in 8 bits. Takes x (..., K), or rows that are `Quantized` already.
+
+    Subclasses give `kind`, `eight_bit` (the dtype), `backends(device, dtype, rows)` and `_run`. `forced` names a backend
+    for a layer or, set on the class, for all of them. Raises ValueError for sizes that are no multiples of 16.
+    """
+
+    kind: str
+    eight_bit: torch.dtype
+    forced: str | None = None
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, *, group: int = 0, dtype=None, device=None):
+        super().__init__()
+        if why := refusal(inputs, outputs, group):
+            raise ValueError(why)
+        self.in_features, self.out_features, self.group = inputs, outputs, group
+
+        def parameter(*shape, dtype):
+            return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
+
+        self.weight = parameter(outputs, inputs, dtype=self.eight_bit)
+        self.scale = parameter(outputs, dtype=torch.float32)
+        self.bias = parameter(outputs, dtype=dtype or torch.get_default_dtype()) if bias else None
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, group: int = 0) -> "QuantizedLinear":
+        """The layer quantised where its weight lies, `group` inputs at a time rotated before. The bias is carried."""
+        made = cls(
+            linear.in_features, linear.out_features, linear.bias is not None,
+            group=group, dtype=linear.weight.dtype, device="meta",
+        )  # fmt: skip
+        made._fill(cls.quantize_weight(linear.weight.detach(), group), linear.bias)
+        return made
+
+    @classmethod
+    def quantize_weight(cls, weight: torch.Tensor, group: int = 0) -> Quantized:
+        """(N, K) with a scale for each output, in PyTorch on every device: the same bits wherever it is done."""
+        return kernels._quantize_rows_torch(weight, cls.eight_bit, group, gelu=False)
+
+    @staticmethod
+    def merged(layers: list["QuantizedLinear"]) -> "QuantizedLinear":
+        """Layers of one input as one, outputs side by side. Theirs become views of its memory: nothing is held twice."""
+        first = layers[0]
+        if len({(type(layer), layer.in_features, layer.group, layer.bias is None) for layer in layers}) != 1:
+            raise ValueError(f"only layers of one kind and one input can be merged: {layers}")
+        outputs, bias = sum(layer.out_features for layer in layers), first.bias is not None
+        made = type(first)(first.in_features, outputs, bias, group=first.group, dtype=first.dtype, device="meta")
+        for name in ("weight", "scale", "bias")[: 2 + bias]:
+            whole = _bytes_wise(torch.cat, [getattr(layer, name).data for layer in layers])
+            setattr(made, name, nn.Parameter(whole, requires_grad=False))
+            for layer, part in zip(layers, whole.split([layer.out_features for layer in layers]), strict=True):
+                getattr(layer, name).data = part
+        return made
+
+    @property
+    def reads(self) -> tuple[torch.dtype, int]:
+        """Layers of which this is equal read the same `Quantized` rows."""
+        return self.eight_bit, self.group
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of results for inputs that come quantised."""
+        return torch.get_default_dtype() if self.bias is None else self.bias.dtype
+
+    def quantize(self, x: torch.Tensor, gelu: bool = False) -> Quantized:
+        """Rows (R, K) as this layer reads them, GELU and rotation included."""
+        return quantize_rows(x, self.eight_bit, self.group, gelu)
+
+    def forward(self, x: torch.Tensor | Quantized, gelu: bool = False, out: torch.Tensor | None = None) -> torch.Tensor:
+        """(..., N) in x's dtype; of `Quantized` rows (R, N) in the bias's. `gelu` (tanh form) follows the sum.
+
+        `out`: where to write, contiguous (R, N) of that dtype.
+        """
+        given = isinstance(x, Quantized)
+        shape, dtype = ((len(x.scales),), self.dtype) if given else (x.shape[:-1], x.dtype)
+        if not given:
+            if x.shape[-1] != self.in_features:
+                raise ValueError(f"the input is {tuple(x.shape)}. Allowed: (..., {self.in_features}).")
+            x = self.quantize(x.reshape(-1, self.in_features).contiguous())
+        if out is None:
+            out = torch.empty(len(x.scales), self.out_features, dtype=dtype, device=x.values.device)
+        if len(x.scales):
+            choice = self.choice(len(x.scales), out.dtype)
+            self._run(x, choice.backend, choice.config, out, gelu)
+        return out.view(*shape, self.out_features)
+
+    def choice(self, rows: int, dtype: torch.dtype) -> Choice:
+        """What runs for so many rows: what is forced, measured before, in the table, or measured now. See `Choice`."""
+        device, bucket = self.weight.device, row_bucket(rows)
+        possible = self.backends(device, dtype, rows)
+        if self.forced is not None and self.forced not in possible:
+            raise ValueError(f'the backend "{self.forced}" was forced. Possible here: {", ".join(possible)}.')
+        wanted = [self.forced] if self.forced else possible
+        if device.type != "cuda":
+            return Choice(wanted[0], None, "the only one on a CPU")
+        key = (self.kind, bucket, self.out_features, self.in_features)
+        known = _measured.get((*key, dtype, device, tuple(wanted)))
+        if known is not None:
+            return known
+        if key in TABLE and TABLE[key][0] in wanted and torch.cuda.get_device_capability(device) == (9, 0):
+            return Choice(*TABLE[key], "the fastest on an H200 (table)")
+        if torch.cuda.is_current_stream_capturing():
+            config = kernels.CANDIDATES[0] if wanted[0] == "triton" else None
+            return Choice(wanted[0], config, "not measured: the first call of this shape was recorded")
+        made = _measured[(*key, dtype, device, tuple(wanted))] = self._measure(rows, dtype, wanted)
+        return made
+
+    def backends(self, device: torch.device, dtype: torch.dtype, rows: int) -> list[str]:
+        """What can multiply there, what should be fastest first. Never empty."""
+        raise NotImplementedError
+
+    def _run(self, x: Quantized, backend: str, config: Config | None, out: torch.Tensor, gelu: bool) -> None:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _measure(self, rows: int, dtype: torch.dtype, backends: list[str]) -> Choice:
+        """Times every way to compute this shape, weights cold, as in a model where each layer is read once a step."""
+        x = self.quantize(torch.randn(rows, self.in_features, device=self.weight.device, dtype=dtype))
+        copies = [self] + [self._copy() for _ in range(int(min(16, _COLD_BYTES // self.weight.nbytes + 1)))]
+        out = torch.empty(rows, self.out_features, dtype=dtype, device=self.weight.device)
+        times, failed = {}, {}
+        for way in self._ways(rows, backends):
+            try:
+                calls = [lambda layer=layer, way=way: layer._run(x, *way, out, False) for layer in copies]
+                times[way] = kernels.measure_us(calls)
+            except Exception as error:  # too much shared memory, a form that this GPU or this Triton has not
+                failed[way] = error
+        if not times:
+            raise RuntimeError(f"nothing multiplies {rows} x {tuple(self.weight.shape)} here: {failed}")
+        best = min(times, key=times.get)
+        text = f"{times[best]:.1f} us for {rows} rows"
+        for backend in dict.fromkeys(b for b, _ in times if b != best[0]):
+            text += f"; {backend} {min(t for (b, _), t in times.items() if b == backend):.1f} us"
+        return Choice(*best, f"measured here: {text}" + (f" ({best[1]})" if best[1] else ""))
+
+    def _ways(self, rows: int, backends: list[str]) -> list[tuple[str, Config | None]]:
+        tma, most = kernels.has_tma(self.weight.device), row_bucket(rows)  # what serves these serves their whole class
+        configs = [
+            config
+            for config in kernels.CANDIDATES
+            if kernels.fits(config, most, *self.weight.shape, self.eight_bit) and (tma or config.form == "pointer")
+        ]
+        return [(b, c) for b in backends for c in (configs if b == "triton" else [None])]
+
+    def _copy(self) -> "QuantizedLinear":
+        made = type(self)(*self.weight.shape[::-1], False, group=self.group, device="meta")
+        made.weight, made.scale, made.bias = nn.Parameter(self.weight.clone(), False), self.scale, self.bias
+        return made
+
+    def _fill(self, weight: Quantized, bias: torch.Tensor | None) -> None:
+        self.weight, self.scale = nn.Parameter(weight.values, False), nn.Parameter(weight.scales, False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), False)
+
+    def _apply(self, fn, recurse=True):
+        """`to`, `cuda` and their like may move the 8-bit weight and its scale, but not change their dtypes."""
+        kept = {name: getattr(self, name).data for name in ("weight", "scale")}
+        super()._apply(fn, recurse)
+        for name, data in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != data.dtype:
+                moved.data = data.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        rotated = f", rotated by {self.group}" if self.group else ""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{rotated}"
+
+
+_measured: dict[tuple, Choice] = {}  # of this process: layers of one shape share it
+
+
+def row_bucket(rows: int) -> int:
+    """Row counts up to the next power of two are one shape class, from 64 on."""
+    return max(64, 1 << (rows - 1).bit_length())
+
+
+def refusal(inputs: int, outputs: int, group: int = 0) -> str | None:
+    """Why a layer of this size cannot be quantised, or None."""
+    if inputs % MULTIPLE or outputs % MULTIPLE:
+        return f"{inputs} inputs and {outputs} outputs. Allowed: multiples of {MULTIPLE}."
+    if group not in kernels.GROUPS or (group and inputs % group):
+        return f"{inputs} inputs cannot be rotated by {group}. Allowed: {kernels.GROUPS} that divide them."
+    return None
+
+
+# Into a model --------------------------------------------------------------------------------------------------------
+
+
+class Swapped(NamedTuple):
+    """What `swap_linears` did: the names it swapped, why it skipped the others, and bytes of weights before and after."""
+
+    swapped: list[str]
+    skipped: dict[str, str]
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.swapped)} linear layers quantised, {self.bytes_before / 1e9:.2f} -> {self.bytes_after / 1e9:.2f} GB; "
+            f"{len(self.skipped)} kept"
+        )
+
+
+def default_filter(linear: nn.Linear, name: str) -> str | None:
+    """Why this layer of Qwen-Image stays as it is; None to quantise it."""
+    kept = [part for part in name.split(".") if part in KEPT]
+    return f"{kept[0]} is kept in full precision" if kept else None
+
+
+def rotate_down_projections(name: str) -> int:
+    """256 for the layers behind a GELU, whose inputs have the outliers; 0 for all others."""
+    return 256 if name.endswith("mlp.net.2") else 0
+
+
+def no_rotation(name: str) -> int:
+    return 0
+
+
+def swap_linears(
+    module: nn.Module,
+    kind: type[QuantizedLinear],
+    filter: Callable[[nn.Linear, str], str | None] = default_filter,
+    group: Callable[[str], int] = no_rotation,
+    device: torch.device | str | None = None,
+) -> Swapped:
+    """Puts `kind` in place of every `nn.Linear` in `module` for which `filter(linear, name)` gives no reason not to.
+
+    `group(name)` is the length of the rotation's groups. With `device`, layer after layer goes there to be quantised and
+    stays: of a model on the CPU no float copy ever lies on the GPU. Fuse a LoRA before. A `ValueError` changes nothing
+    of the layer that it names.
+    """
+    swapped, skipped, before, after = [], {}, 0, 0
+    for name, linear in [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear)]:
+        why = filter(linear, name)
+        if type(linear) is not nn.Linear:
+            why = why or f"a {type(linear).__name__} is more than a linear layer"
+        if why := why or refusal(linear.in_features, linear.out_features, group(name)):
+            skipped[name] = why
+            continue
+        before += sum(p.nbytes for p in linear.parameters())
+        moved = linear if device is None else _moved(linear, device)
+        layer = kind.from_float(moved, group(name))
+        layer.train(linear.training)
+        parent, _, own = name.rpartition(".")
+        setattr(module.get_submodule(parent), own, layer)
+        after += sum(p.nbytes for p in layer.parameters())
+        swapped.append(name)
+    return Swapped(swapped, skipped, before, after)
+
+
+def _moved(linear: nn.Linear, device) -> nn.Linear:
+    """A copy of the layer on `device`; the original keeps its memory until it is dropped."""
+    made = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    made.weight = nn.Parameter(linear.weight.detach().to(device), False)
+    made.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(device), False)
+    return made
+
+
+def _bytes_wise(function, tensors: list[torch.Tensor]) -> torch.Tensor:
+    """For operations that torch has not for 8-bit floats but that only move memory."""
+    if tensors[0].dtype.itemsize != 1:
+        return function(tensors)
+    return function([t.view(torch.uint8) for t in tensors]).view(tensors[0].dtype)
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def save_quantized(transformer: nn.Module, folder: Path) -> None:
+    """Writes a swapped transformer into `folder`: config.json, quantization.json, one safetensors file."""
+    layers = {n: m for n, m in transformer.named_modules() if isinstance(m, QuantizedLinear)}
+    kinds = {m.kind for m in layers.values()}
+    if len(kinds) != 1:
+        raise ValueError(f"the model's quantised layers are of the kinds {sorted(kinds)}. Allowed: one kind.")
+    folder.mkdir(parents=True, exist_ok=True)
+    transformer.save_config(folder)
+    tensors = {name: t.contiguous() for name, t in transformer.state_dict().items()}
+    # Merged layers are views of one memory, which safetensors refuses: each is written for itself.
+    tensors = {name: t.clone() if t.untyped_storage().nbytes() > t.nbytes else t for name, t in tensors.items()}
+    save_file(tensors, folder / FILES.replace("*", "00001"), {"format": "pt"})
+    _write_note(folder, kinds.pop(), {name: layer.group for name, layer in layers.items()})
+
+
+def quantize_folder(
+    model: Path, out: Path, kind: type[QuantizedLinear], group: Callable[[str], int] = rotate_down_projections
+) -> Swapped:
+    """Writes the diffusers folder `model` to `out` with its transformer quantised, one file of weights at a time.
+
+    Raises ValueError if `out` is in use or `model` is no diffusers folder.
+    """
+    prepare_folder(model, out)
+    source, target = model / "transformer", out / "transformer"
+    linears = {n: m for n, m in _empty_transformer(source).named_modules() if isinstance(m, nn.Linear)}
+    skipped = {n: why for n, m in linears.items() if (why := _why_not(m, n, group))}
+    chosen = {name: group(name) for name in linears if name not in skipped}
+    before = after = 0
+    for number, file in enumerate(sorted(source.glob("*.safetensors")), 1):
+        tensors = {}
+        with safe_open(file, framework="pt") as stored:
+            for key in stored.keys():  # noqa: SIM118 - no dict
+                tensor, name = stored.get_tensor(key), key.removesuffix(".weight")
+                if name not in chosen or name == key:
+                    tensors[key] = tensor
+                    continue
+                weight = kind.quantize_weight(tensor, chosen[name])
+                tensors[key], tensors[f"{name}.scale"] = weight
+                before, after = before + tensor.nbytes, after + weight.values.nbytes + weight.scales.nbytes
+        save_file(tensors, target / FILES.replace("*", f"{number:05}"), {"format": "pt"})
+    shutil.copy(source / "config.json", target)
+    _write_note(target, kind.kind, chosen)
+    return Swapped(list(chosen), skipped, before, after)
+
+
+def prepare_folder(model: Path, out: Path) -> None:
+    """Makes `out` a copy of the diffusers folder `model` with an empty transformer; files are linked where possible."""
+    if not (model / "model_index.json").is_file() or not (model / "transformer" / "config.json").is_file():
+        raise ValueError(f"{model} is no diffusers folder with a transformer.")
+    if is_quantized(model):
+        raise ValueError(f"{model} is quantised already.")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty.")
+    (out / "transformer").mkdir(parents=True)
+    for entry in model.iterdir():
+        if entry.is_dir() and entry.name != "transformer":
+            shutil.copytree(entry, out / entry.name, copy_function=_link)
+        elif entry.is_file():
+            _link(str(entry), str(out / entry.name))
+
+
+def is_quantized(folder: Path) -> str | None:
+    """The kind, "int8" or "fp8", if the diffusers folder's transformer was quantised by this program, else None."""
+    note = folder / "transformer" / NOTE
+    return json.loads(note.read_text())["kind"] if note.is_file() else None
+
+
+def load_quantized(folder: Path, kinds: Iterable[type[QuantizedLinear]], *, device="cpu", dtype=torch.bfloat16):
+    """The transformer of a quantised diffusers folder, 8-bit weights read straight to `device`: no float copy anywhere.
+
+    `dtype` is that of everything that is not quantised. Raises ValueError if the folder is of no kind in `kinds`, or
+    files and note do not fit each other.
+    """
+    source = folder / "transformer"
+    note = json.loads((source / NOTE).read_text())
+    kind = {k.kind: k for k in kinds}.get(note["kind"])
+    if kind is None:
+        raise ValueError(f'{source} is quantised as "{note["kind"]}". Allowed: {", ".join(k.kind for k in kinds)}.')
+    model = _empty_transformer(source)
+    for name, group in note["layers"].items():
+        linear = model.get_submodule(name)
+        layer = kind(
+            linear.in_features, linear.out_features, linear.bias is not None, group=group, dtype=dtype, device="meta"
+        )
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, layer)
+    expected = {name: t.dtype for name, t in model.state_dict().items()}
+    scales = {f"{name}.scale" for name in note["layers"]}
+    eight_bit = {f"{name}.weight" for name in note["layers"]}
+    for file in sorted(source.glob(FILES)):
+        tensors = {}
+        with safe_open(file, framework="pt", device=str(device)) as stored:
+            for key in stored.keys():  # noqa: SIM118 - no dict
+                tensor = stored.get_tensor(key)
+                if key in eight_bit | scales and tensor.dtype != expected.get(key):
+                    raise ValueError(f"{file}: {key} is {tensor.dtype}, not {expected.get(key)}.")
+                tensors[key] = tensor if key in eight_bit | scales else tensor.to(dtype)
+        model.load_state_dict(tensors, strict=False, assign=True)
+    if missing := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise ValueError(f"the files in {source} lack {len(missing)} tensors: {', '.join(missing[:3])}.")
+    return model.requires_grad_(False).eval()
+
+
+def _why_not(linear: nn.Linear, name: str, group: Callable[[str], int]) -> str | None:
+    return default_filter(linear, name) or refusal(linear.in_features, linear.out_features, group(name))
+
+
+def _empty_transformer(source: Path) -> nn.Module:
+    """The model that config.json describes with parameters on the meta device; its rotary tables are real."""
+    from accelerate import init_empty_weights
+    from diffusers import QwenImageTransformer2DModel
+
+    with init_empty_weights():
+        return QwenImageTransformer2DModel.from_config(QwenImageTransformer2DModel.load_config(source))
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(Path(source).resolve(), target)  # a hub folder holds links to its blobs
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _write_note(folder: Path, kind: str, layers: dict[str, int]) -> None:
+    """quantization.json: the kind, and for each quantised layer the length of its rotation's groups."""
+    (folder / NOTE).write_text(json.dumps({"kind": kind, "layers": layers}, indent=1) + "\n")

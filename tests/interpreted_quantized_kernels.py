@@ -1,0 +1,105 @@
+"""The Triton kernels of the 8-bit linear layers, run by Triton's interpreter on CPU tensors, are their definitions.
+
+Not collected by itself: TRITON_INTERPRET=1 has to be set before Triton is imported. `test_int8_linear.py` runs this file.
+"""
+
+import pytest
+import torch
+from triton.runtime import interpreter
+
+import quantized_kernels as kernels
+from fast_path.kernels import Rows, residual_norm_modulate
+from quantized_kernels import Config, Quantized
+
+# Triton 3.6's interpreter turns one-element arrays into loop bounds by int(), which NumPy 2.4 no longer allows.
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_loop_bounds(tensor, scope):
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = _patch_loop_bounds
+
+FORMS = [
+    Config(16, 32, 32, 4, 2),
+    Config(16, 32, 32, 4, 2, "tma"),
+    Config(16, 32, 32, 4, 2, "persistent"),
+    Config(16, 32, 32, 4, 2, "pointer", 2),
+    Config(16, 32, 32, 4, 2, "tma", 3),
+]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Few programs and small split memory, as no GPU is asked for them."""
+    memory = torch.zeros(2**14, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 3)
+    monkeypatch.setattr(kernels, "_split_memory", lambda device: memory)
+    yield
+    assert not memory[0].any() and not memory[1].any(), "a split product leaves zeros behind"
+
+
+def int8(*shape, seed=0):
+    return torch.randint(-127, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("config", FORMS, ids=str)
+@pytest.mark.parametrize("rows, columns, depth", [(1, 32, 32), (17, 48, 96), (40, 80, 176), (33, 64, 112)])
+def test_integer_sums_are_exact(config, rows, columns, depth):
+    """Scales of one and float32 results: sums below 2^24 are exact in them, so nothing may differ."""
+    x, weight = (
+        Quantized(int8(rows, depth), torch.ones(rows)),
+        Quantized(int8(columns, depth, seed=1), torch.ones(columns)),
+    )
+    got = kernels.multiply(x, weight, None, torch.empty(rows, columns), config)
+    assert torch.equal(got.int(), x.values.int() @ weight.values.int().t())
+
+
+@pytest.mark.parametrize("config", FORMS, ids=str)
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_scales_bias_and_gelu_follow_the_sums(config, gelu, with_bias):
+    x, weight = Quantized(int8(21, 64), torch.rand(21) * 0.01), Quantized(int8(48, 64, seed=1), torch.rand(48) * 0.01)
+    bias = torch.randn(48) if with_bias else None
+    got = kernels.multiply(x, weight, bias, torch.empty(21, 48), config, gelu)
+    total = x.values.int() @ weight.values.int().t()
+    expected = kernels.finish(total, x.scales, weight.scales, bias, torch.empty(21, 48), gelu)
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [16, 48, 256, 512, 768])
+@pytest.mark.parametrize("group", [0, 16, 256])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_rows_are_quantised_as_defined(dtype, width, group, gelu):
+    if group and width % group:
+        pytest.skip("the group does not divide the width")
+    x = torch.randn(5, width, generator=torch.Generator().manual_seed(width)) * 3
+    x[2], x[3, 0] = 0.0, 100.0
+    x = x.to(dtype)
+    got = kernels._quantize_rows_triton(x, torch.int8, group, gelu)
+    expected = kernels.quantize_rows(x, torch.int8, group, gelu)
+    assert torch.allclose(got.scales, expected.scales, rtol=1e-5, atol=0)
+    difference = (got.values.int() - expected.values.int()).abs()
+    # Sums in another order: a number that lies between two integers may fall to either. Without sums nothing differs.
+    assert difference.max() <= int(group > 0 or gelu) and (difference > 0).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [Rows(3, 6, 4), Rows(0, 5, 5)])
+@pytest.mark.parametrize("with_y", [False, True])
+def test_norm_and_modulation_end_in_8_bits(dtype, rows, with_y):
+    generator = torch.Generator().manual_seed(0)
+    x, y, table = (torch.randn(*s, generator=generator).to(dtype) for s in ((15, 96), (15, 96), (3, 6, 96)))
+    now, a, b = table.unbind(1), x.clone(), x.clone()
+    y = y if with_y else None
+    normed = residual_norm_modulate(a, y, now[2], now[3], now[4], rows, 1e-6)
+    expected = kernels.quantize_rows(normed, torch.int8)
+    got = kernels._norm_quantize_triton(b, y, now[2], now[3], now[4], rows, 1e-6, torch.int8)
+    # bfloat16: the interpreter cuts where hardware rounds, one unit in the last place of the norm's result.
+    relative, steps = (1e-5, 1) if dtype == torch.float32 else (2**-7, 2)
+    assert torch.allclose(got.scales, expected.scales, rtol=relative, atol=0)
+    assert (got.values.int() - expected.values.int()).abs().max() <= steps
+    assert (a.float() - b.float()).abs().max() < 2**-6 * a.float().abs().max()

@@ -1,0 +1,144 @@
+"""8-bit linear layers on a GPU: every kernel form against exact integers, every backend, recordings. Skipped without one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import quantized_kernels as kernels
+import quantized_linear as shared
+from fast_path.graphs import Graphs
+from fast_path.kernels import Rows, residual_norm_modulate
+from fp8_linear import Fp8Linear
+from int8_linear import Int8Linear
+from quantized_kernels import Quantized
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or kernels.triton is None, reason="needs a CUDA GPU and Triton"
+)
+SHAPES = [(1, 3072, 3072), (17, 256, 768), (220, 12288, 3072), (513, 3072, 9216), (100, 272, 80)]
+
+
+def linear(inputs=3072, outputs=3072) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(inputs, outputs, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+
+
+def sqnr_db(got: torch.Tensor, exact: torch.Tensor) -> float:
+    return float(10 * torch.log10(exact.double().square().sum() / (got.double() - exact.double()).square().sum()))
+
+
+def usable(config: kernels.Config, rows: int, outputs: int, inputs: int) -> bool:
+    device = torch.device("cuda")
+    fits = kernels.fits(config, shared.row_bucket(rows), outputs, inputs, torch.int8)
+    return fits and (config.form == "pointer" or kernels.has_tma(device))
+
+
+@pytest.mark.parametrize("rows, inputs, outputs", SHAPES)
+@pytest.mark.parametrize("config", kernels.CANDIDATES, ids=str)
+def test_integer_sums_are_exact(config, rows, inputs, outputs):
+    if not usable(config, rows, outputs, inputs):
+        pytest.skip("not for this shape or this GPU")
+    a = torch.randint(-127, 128, (rows, inputs), dtype=torch.int8, device="cuda")
+    b = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device="cuda")
+    exact = torch._int_mm(F.pad(a, (0, 0, 0, max(0, 17 - rows))), b.t())[:rows]
+    ones = torch.ones(max(rows, outputs), device="cuda")
+    out = torch.full((rows, outputs), float("nan"), device="cuda")
+    for _ in range(2):  # a split product has to find its memory as the last one left it
+        kernels.multiply(Quantized(a, ones[:rows]), Quantized(b, ones[:outputs]), None, out, config)
+        assert torch.equal(out, exact.float())
+
+
+def test_the_integer_reference_is_exact_itself():
+    a = torch.randint(-127, 128, (64, 3072), dtype=torch.int8, device="cuda")
+    b = torch.randint(-127, 128, (96, 3072), dtype=torch.int8, device="cuda")
+    assert torch.equal(torch._int_mm(a, b.t()).cpu(), a.cpu().int() @ b.cpu().int().t())
+
+
+@pytest.mark.parametrize("eight_bit", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("width", [256, 3072, 12288])
+@pytest.mark.parametrize("group", [0, 16, 256])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_rows_are_quantised_as_defined(eight_bit, width, group, gelu):
+    x = torch.randn(37, width, device="cuda", dtype=torch.bfloat16)
+    x[3], x[5, 0] = 0.0, 100.0
+    got = kernels.quantize_rows(x, eight_bit, group, gelu)
+    expected = kernels._quantize_rows_torch(x, eight_bit, group, gelu)
+    if not group and not gelu:
+        # The compiler fuses the scaling into the rounding's addition: a tie that float32 makes is none there.
+        off = (got.values.float() - expected.values.float()).abs() > 0
+        assert off.float().mean() < 1e-4 and torch.equal(got.scales, expected.scales)
+    # Rotations are multiplied in TF32, 10 bits behind the point: a few roundings to 8 bits fall to the other side.
+    assert sqnr_db(got.dequantized(), expected.dequantized()) > (45 if eight_bit == torch.int8 else 35)
+
+
+@pytest.mark.parametrize("eight_bit", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("with_y", [False, True])
+def test_norm_and_modulation_end_in_8_bits(eight_bit, with_y):
+    x, y = (torch.randn(732, 3072, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    table = torch.randn(3, 6, 3072, device="cuda", dtype=torch.bfloat16).unbind(1)
+    a, b, rows = x.clone(), x.clone(), Rows(220, 512, 256)
+    y = y if with_y else None
+    normed = residual_norm_modulate(a, y, table[2], table[3], table[4], rows, 1e-6)
+    expected = kernels.quantize_rows(normed, eight_bit)
+    got = kernels.residual_norm_modulate_quantize(b, y, table[2], table[3], table[4], rows, 1e-6, eight_bit)
+    assert torch.equal(a, b)
+    # The same arithmetic compiled twice: the norm may differ in its last bit.
+    assert sqnr_db(got.dequantized(), expected.dequantized()) > 50
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Fp8Linear])
+@pytest.mark.parametrize("rows", [1, 16, 17, 220, 4096])
+@pytest.mark.parametrize("outliers", [False, True])
+def test_every_backend_is_near_the_float_layer(kind, rows, outliers):
+    layer = linear()
+    x = torch.randn(rows, 3072, device="cuda", dtype=torch.bfloat16)
+    if outliers:
+        x[:, ::200] *= 50
+    exact = F.linear(x.float(), layer.weight.float(), layer.bias.float())
+    made = kind.from_float(layer)
+    least = 27 if kind is Fp8Linear else 20 if outliers else 30
+    for backend in made.backends(x.device, x.dtype, rows):
+        made.forced = backend
+        assert made.choice(rows, x.dtype).backend == backend
+        assert sqnr_db(made(x), exact) > least, backend
+        assert sqnr_db(made(x, gelu=True), F.gelu(exact, approximate="tanh")) > least - 2, backend
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Fp8Linear])
+def test_the_choice_is_measured_once_says_why_and_is_recorded(kind, monkeypatch):
+    monkeypatch.setattr(shared, "_measured", {})
+    monkeypatch.setattr(shared, "TABLE", {})
+    made, graphs = kind.from_float(linear()), Graphs()
+    x = torch.randn(512, 3072, device="cuda", dtype=torch.bfloat16)
+    expected = graphs.run("layer", made, x)
+    choice = made.choice(512, x.dtype)
+    assert choice.reason.startswith("measured here") and "us" in choice.reason
+    monkeypatch.setattr(kind, "_measure", None)  # a second measurement would fail
+    assert made.choice(300, x.dtype) == choice
+    assert torch.equal(graphs.run("layer", made, x), expected), "replayed"
+    assert graphs.recordings == 1
+
+
+def test_moving_to_the_gpu_layer_by_layer_leaves_no_float_copy_there():
+    model = nn.Sequential(*(nn.Linear(2048, 2048, dtype=torch.bfloat16) for _ in range(16)))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    report = shared.swap_linears(model, Int8Linear, device="cuda")
+    peak = torch.cuda.max_memory_allocated() - before
+    assert len(report.swapped) == 16
+    # The 8-bit weights, and one layer in bfloat16 with its float32 intermediates.
+    assert peak < report.bytes_after + 2048 * 2048 * (2 + 4 * 4), f"{peak / 1e6:.0f} MB"
+
+
+def test_on_an_h200_the_table_stands_for_a_measurement(monkeypatch):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the table is Hopper's")
+    made, config = Int8Linear.from_float(linear()), kernels.CANDIDATES[0]
+    monkeypatch.setattr(shared, "_measured", {})
+    monkeypatch.setattr(shared, "TABLE", {("int8", 512, 3072, 3072): ("triton", config)})
+    monkeypatch.setattr(Int8Linear, "_measure", None)
+    choice = made.choice(400, torch.bfloat16)
+    assert choice[:2] == ("triton", config) and "table" in choice.reason
+    x = torch.randn(400, 3072, device="cuda", dtype=torch.bfloat16)
+    assert sqnr_db(made(x), F.linear(x.float(), linear().weight.float(), linear().bias.float())) > 30
