@@ -39,18 +39,12 @@ KINDS = {
     408: "too_slow", 413: "too_large", 415: "content_type", 503: "busy",
 }  # fmt: skip
 
-# The kinds of engine failure, by the beginning of the text, for an engine that does not name them itself.
-FAILURES = {
-    "out_of_memory": "Out of memory",
-    "not_finite": "The model gave no finite picture",
-    "failed": "The model failed",
-}
+FAILURES = ("out_of_memory", "not_finite", "failed")  # the kinds of the engine's own failures
 
 
 def failure_kind(error: EditError) -> str | None:
-    """What failed in the engine ("out_of_memory", "not_finite", "failed"); None when the request itself was bad."""
-    named = (kind for kind, beginning in FAILURES.items() if str(error).startswith(beginning))
-    return getattr(error, "kind", None) or next(named, None)
+    """Which of `FAILURES` it is; None when the request itself was bad."""
+    return getattr(error, "kind", None)
 
 
 class Refusal(Exception):
