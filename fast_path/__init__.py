@@ -15,6 +15,7 @@ import torch
 from fast_path.graphs import Graphs
 from fast_path.text_encoder import FusedTextEncoder
 from fast_path.transformer import FusedTransformer
+from fast_path.unsupported import UnsupportedError
 from fast_path.vae import SingleFrameVAE, single_frame_vae
 from loading import is_lightning
 
@@ -42,7 +43,7 @@ def apply(pipeline) -> list[Applied]:
             part, reason = make()
             setattr(pipeline, name, part)
             report.append(Applied(name, True, reason))
-        except (TypeError, ImportError) as error:
+        except UnsupportedError as error:
             report.append(Applied(name, False, str(error)))
 
     put("single_frame_vae", lambda: _vae(pipeline, graphs))
@@ -77,7 +78,7 @@ def remove(pipeline) -> None:
 
 def _vae(pipeline, graphs: Graphs):
     if hasattr(pipeline.vae, "_hf_hook"):
-        raise TypeError("the VAE is offloaded: its copy would stay behind")
+        raise UnsupportedError("the VAE is offloaded: its copy would stay behind")
     reason = "2-D convolutions, channels last; the temporal past is zeros"
     if pipeline.vae.device.type == "cuda":
         reason += "; bias, shortcut, norm and SiLU in one kernel, bytes to latents and back in a CUDA graph each"

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from fast_path.graphs import Graphs
+from fast_path.unsupported import UnsupportedError
 
 Grid = tuple[int, int]  # (rows, columns) of patches
 
@@ -78,7 +79,7 @@ class FusedTextEncoder:
     """A loaded Qwen2.5-VL's vision tower (`see`) and language model (`read`), one CUDA graph replay each.
 
     The results are the modules' own up to rounding (about 1e-6 in float32). Layers of `text_encoder` share their
-    storage afterwards; build it again after moving the model, whose weights are elsewhere then. Raises TypeError, and
+    storage afterwards; build it again after moving the model, whose weights are elsewhere then. Raises UnsupportedError, and
     has changed nothing, if the model's form is not known here.
     """
 
@@ -99,7 +100,7 @@ class FusedTextEncoder:
             vision = [_vision_parts(block) for block in visual.blocks]
             text = [_text_parts(layer) for layer in language_model.layers]
         except AttributeError as error:  # another transformers than those this was written for
-            raise TypeError(f"this Qwen2.5-VL is built otherwise: {error}") from error
+            raise UnsupportedError(f"this Qwen2.5-VL is built otherwise: {error}") from error
         self._vision_blocks = [_block(*parts) for parts in vision]
         self._text_blocks = [_block(*parts) for parts in text]
         self.graphs = Graphs() if graphs is None else graphs
@@ -194,14 +195,16 @@ class FusedTextEncoder:
 
     @staticmethod
     def _check_towers(visual: nn.Module, language_model: nn.Module) -> None:
-        """The settings under which the arithmetic here is the towers'. Raises TypeError."""
+        """The settings under which the arithmetic here is the towers'. Raises UnsupportedError."""
         patches = visual.patch_embed.proj
         if patches.kernel_size != patches.stride or any(patches.padding) or patches.groups != 1:
-            raise TypeError("the patch embedding's kernel is not its stride: not known here as one multiplication")
+            raise UnsupportedError(
+                "the patch embedding's kernel is not its stride: not known here as one multiplication"
+            )
         if any(layer.self_attn.sliding_window is not None for layer in language_model.layers):
-            raise TypeError("the language model attends within a sliding window, which is not known here")
+            raise UnsupportedError("the language model attends within a sliding window, which is not known here")
         if language_model.rotary_emb.rope_type != "default":
-            raise TypeError(f'the rotary positions are "{language_model.rotary_emb.rope_type}", not "default"')
+            raise UnsupportedError(f'the rotary positions are "{language_model.rotary_emb.rope_type}", not "default"')
 
 
 def _attend_(
@@ -264,24 +267,30 @@ def _halves(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def _check(text_encoder: nn.Module) -> None:
-    """Raises TypeError unless this is a plain, loaded Qwen2.5-VL, all of it on one device in one dtype."""
+    """Raises UnsupportedError unless this is a plain, loaded Qwen2.5-VL, all of it on one device in one dtype."""
     if type(text_encoder) is not Qwen2_5_VLForConditionalGeneration:
-        raise TypeError(f"a {type(text_encoder).__name__} is not known here, only Qwen2_5_VLForConditionalGeneration")
+        raise UnsupportedError(
+            f"a {type(text_encoder).__name__} is not known here, only Qwen2_5_VLForConditionalGeneration"
+        )
     kinds = set()
     for name, module in text_encoder.named_modules():
         home = type(module).__module__
         if hasattr(module, "_hf_hook"):
-            raise TypeError("the text encoder is offloaded: its weights come and go")
+            raise UnsupportedError("the text encoder is offloaded: its weights come and go")
         if home not in _KNOWN_HOMES and not home.startswith("torch.nn.modules."):
-            raise TypeError(f"{name} is a {type(module).__name__}, which is not known here")
+            raise UnsupportedError(f"{name} is a {type(module).__name__}, which is not known here")
         if "forward" in vars(module):
-            raise TypeError(f"the forward of {name or 'the text encoder'} has been replaced, perhaps to offload it")
+            raise UnsupportedError(
+                f"the forward of {name or 'the text encoder'} has been replaced, perhaps to offload it"
+            )
         for parameter in module.parameters(recurse=False):
             if type(parameter) is not nn.Parameter or parameter.dtype not in _DTYPES or parameter.is_meta:
-                raise TypeError(f"a weight of {name} is no plain one: {type(parameter).__name__}, {parameter.dtype}")
+                raise UnsupportedError(
+                    f"a weight of {name} is no plain one: {type(parameter).__name__}, {parameter.dtype}"
+                )
             kinds.add((str(parameter.device), str(parameter.dtype)))
     if len(kinds) != 1:
-        raise TypeError(f"the weights are not all of one kind: {sorted(kinds)}")
+        raise UnsupportedError(f"the weights are not all of one kind: {sorted(kinds)}")
 
 
 def _vision_parts(block: nn.Module) -> tuple:

@@ -30,6 +30,7 @@ from fast_path import kernels
 from fast_path.graphs import Graphs
 from fast_path.kernels import Rows, qk_norm_rope, residual_norm_modulate
 from fast_path.modulation import Modulations
+from fast_path.unsupported import UnsupportedError
 from quantized_kernels import Quantized, residual_norm_modulate_quantize
 from quantized_linear import QuantizedLinear
 
@@ -37,7 +38,7 @@ from quantized_linear import QuantizedLinear
 class FusedTransformer:
     """`velocity` is the stock model's output for the noise tokens, up to rounding.
 
-    Raises TypeError for a model whose layers are not those that are written down here, ImportError on CUDA without Triton.
+    Raises UnsupportedError for a model whose layers are not those that are written down here, and on CUDA without Triton.
     """
 
     def __init__(self, transformer: QwenImageTransformer2DModel, graphs: Graphs | None = None):
@@ -285,25 +286,27 @@ def _fastest_backend(q, k, v) -> SDPBackend:
 
 
 def _check(transformer) -> None:
-    """TypeError unless every layer is of the kind that is written down above, ImportError on CUDA without Triton."""
+    """UnsupportedError unless every layer is of the kind that is written down above, and on CUDA without Triton."""
     if type(transformer) is not QwenImageTransformer2DModel:
-        raise TypeError(f"the transformer is a {type(transformer).__name__}")
+        raise UnsupportedError(f"the transformer is a {type(transformer).__name__}")
     if transformer.device.type == "cuda" and kernels.triton is None:
-        raise ImportError("its kernels need Triton, which is not installed")
+        raise UnsupportedError("its kernels need Triton, which is not installed")
     if hasattr(transformer, "_hf_hook"):
-        raise TypeError("the transformer is offloaded: its weights come and go")
+        raise UnsupportedError("the transformer is offloaded: its weights come and go")
     config = transformer.config
     if (
         config.guidance_embeds
         or config.get("use_additional_t_cond")
         or type(transformer.pos_embed) is not QwenEmbedRope
     ):
-        raise TypeError("this variant of the transformer is not written down here")
+        raise UnsupportedError("this variant of the transformer is not written down here")
     if config.attention_head_dim & (config.attention_head_dim - 1):
-        raise TypeError(f"heads of {config.attention_head_dim} numbers: only powers of two are written down here")
+        raise UnsupportedError(
+            f"heads of {config.attention_head_dim} numbers: only powers of two are written down here"
+        )
     for block in transformer.transformer_blocks:
         if type(block.attn.processor) is not QwenDoubleStreamAttnProcessor2_0:
-            raise TypeError(f"the attention is a {type(block.attn.processor).__name__}")
+            raise UnsupportedError(f"the attention is a {type(block.attn.processor).__name__}")
     wrapped = {type(m) for m in transformer.modules() if isinstance(m, nn.Linear) or hasattr(m, "base_layer")}
     if wrapped - {nn.Linear}:
-        raise TypeError(f"layers of the kind {', '.join(sorted(t.__name__ for t in wrapped - {nn.Linear}))}")
+        raise UnsupportedError(f"layers of the kind {', '.join(sorted(t.__name__ for t in wrapped - {nn.Linear}))}")

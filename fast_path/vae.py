@@ -31,15 +31,16 @@ from torch import nn
 
 from fast_path import vae_kernels
 from fast_path.graphs import Graphs
+from fast_path.unsupported import UnsupportedError
 
 
 def single_frame_vae(vae: AutoencoderKLQwenImage, graphs: Graphs | None = None) -> "SingleFrameVAE":
     """The 2-D VAE that `vae` is for one frame, with its own channels-last copy of the weights (a third of them).
 
-    Raises TypeError if `vae` holds a layer whose 2-D form is not known here, ImportError on CUDA without Triton.
+    Raises UnsupportedError if `vae` holds a layer whose 2-D form is not known here, and on CUDA without Triton.
     """
     if vae.device.type == "cuda" and vae_kernels.triton is None:
-        raise ImportError("the VAE's kernels need Triton, which is not installed")
+        raise UnsupportedError("the VAE's kernels need Triton, which is not installed")
     return SingleFrameVAE(vae, graphs).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -158,8 +159,8 @@ def _flat(module: nn.Module) -> nn.Module:
     raise _unknown(module)
 
 
-def _unknown(module: nn.Module) -> TypeError:
-    return TypeError(f"{type(module).__name__} has no known 2-D form")
+def _unknown(module: nn.Module) -> UnsupportedError:
+    return UnsupportedError(f"{type(module).__name__} has no known 2-D form")
 
 
 def _weight(conv: QwenImageCausalConv3d | nn.Conv2d) -> torch.Tensor:
@@ -167,7 +168,7 @@ def _weight(conv: QwenImageCausalConv3d | nn.Conv2d) -> torch.Tensor:
     if isinstance(conv, nn.Conv2d):
         return conv.weight.detach()
     if conv.stride[0] != 1:
-        raise TypeError(f"a convolution with temporal stride {conv.stride[0]} has no known 2-D form")
+        raise UnsupportedError(f"a convolution with temporal stride {conv.stride[0]} has no known 2-D form")
     return conv.weight.detach()[:, :, -1]
 
 
@@ -213,7 +214,7 @@ class _Norm(nn.Module):
     def __init__(self, norm: QwenImageRMS_norm, nonlinearity: nn.Module | None = None):
         super().__init__()
         if not isinstance(norm.bias, float):
-            raise TypeError("a norm with bias has no known 2-D form")
+            raise UnsupportedError("a norm with bias has no known 2-D form")
         if not isinstance(nonlinearity, (nn.SiLU, type(None))):
             raise _unknown(nonlinearity)
         self.silu = nonlinearity is not None

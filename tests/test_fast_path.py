@@ -1,8 +1,10 @@
 """The accelerations give the stock numbers; only rounding may differ."""
 
+import pytest
 import torch
 
 import fast_path
+from fast_path.unsupported import UnsupportedError
 
 
 def test_apply_reports_and_remove_restores(pocket, photo):
@@ -27,10 +29,10 @@ def test_apply_reports_and_remove_restores(pocket, photo):
 
 def test_what_cannot_be_applied_says_why_and_the_stock_path_stays(pocket, monkeypatch):
     def refuse(*_):
-        raise TypeError("Strange has no known 2-D form")
+        raise UnsupportedError("Strange has no known 2-D form")
 
     def lacks(*_):
-        raise ImportError("its kernels need Triton, which is not installed")
+        raise UnsupportedError("its kernels need Triton, which is not installed")
 
     monkeypatch.setattr(fast_path, "single_frame_vae", refuse)
     monkeypatch.setattr(fast_path, "FusedTransformer", lacks)
@@ -41,6 +43,13 @@ def test_what_cannot_be_applied_says_why_and_the_stock_path_stays(pocket, monkey
     ]
     assert pocket.single_frame_vae is None and pocket.fused_transformer is None
     assert report[2].applied and pocket.fused_text_encoder is not None
+    pocket.disable_fast_path()
+
+
+def test_a_mistake_in_the_code_is_no_reason_to_go_on_without_a_part(pocket, monkeypatch):
+    monkeypatch.setattr(fast_path, "FusedTransformer", lambda: None)  # called with arguments: a TypeError
+    with pytest.raises(TypeError, match="argument"):
+        pocket.enable_fast_path()
     pocket.disable_fast_path()
 
 
