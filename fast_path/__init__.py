@@ -36,7 +36,7 @@ def apply(pipeline) -> list[Applied]:
     """Puts every acceleration in that fits `pipeline` and sets its attributes of the same names. Call after `.to`."""
     if in_use(pipeline):
         remove(pipeline)
-    report, graphs = [], Graphs()  # one for all parts: they never run at once, so they share the memory
+    report, graphs = [], Graphs()  # of the VAE and the text encoder, which share its memory; the transformer has its own
 
     def put(name: str, make: Callable[[], tuple[Any, str]]) -> None:
         try:
@@ -47,7 +47,7 @@ def apply(pipeline) -> list[Applied]:
             report.append(Applied(name, False, str(error)))
 
     put("single_frame_vae", lambda: _vae(pipeline, graphs))
-    put("fused_transformer", lambda: _transformer(pipeline, graphs))
+    put("fused_transformer", lambda: _transformer(pipeline))
     put("fused_text_encoder", lambda: _text_encoder(pipeline, graphs))
     if pipeline.transformer.device.type == "cuda":
         report.append(Applied("warm_up", True, _warm_up(pipeline)))
@@ -85,8 +85,8 @@ def _vae(pipeline, graphs: Graphs):
     return single_frame_vae(pipeline.vae, graphs), reason
 
 
-def _transformer(pipeline, graphs: Graphs):
-    fused = FusedTransformer(pipeline.transformer, graphs)
+def _transformer(pipeline):
+    fused = FusedTransformer(pipeline.transformer)
     reason = "q, k and v in one product, small operations fused, the last block's unread outputs left out"
     times = _lightning_times(pipeline)
     if times:

@@ -6,7 +6,7 @@ recording for each new shape, some tens of milliseconds for what is written in f
 shape first comes, so nothing is padded, bucketed or guessed ahead.
 
 Graphs are recorded and replayed on the engine's one inference thread; recording is thread-local, so that the page's
-threads may go on talking to the GPU. All recordings share one memory pool: their scratch space overlaps, which is safe
+threads may go on talking to the GPU. Recordings of one object share a memory pool: their scratch space overlaps, which is safe
 because what a replay returns is copied out before the next one starts, on the same stream.
 """
 
@@ -29,8 +29,8 @@ class _Recorded(NamedTuple):
 class Graphs:
     """Recordings of functions, bounded, least recently used out first. On a CPU functions simply run."""
 
-    def __init__(self, max_entries: int = 48, enabled: bool = True):
-        self.max_entries, self.enabled = max_entries, enabled
+    def __init__(self, max_entries: int = 48):
+        self.max_entries = max_entries
         self.recordings = 0  # how often something was recorded: a steady stream records nothing
         self._entries: OrderedDict[Hashable, _Recorded] = OrderedDict()
         self._pool = self._stream = None
@@ -45,7 +45,7 @@ class Graphs:
         the GPU nothing, copy nothing from the host, and read no other tensors than the inputs and what it owns. The
         first call for a key runs it as it is, which fills caches and compiles kernels, and records it afterwards.
         """
-        if not self.enabled or not inputs[0].is_cuda:
+        if not inputs[0].is_cuda:
             return function(*inputs)
         key = (key, *((tuple(t.shape), t.dtype, t.device) for t in inputs))
         entry = self._entries.get(key)

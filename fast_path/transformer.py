@@ -45,7 +45,7 @@ class FusedTransformer:
         _check(transformer)
         self.transformer = transformer
         self.modulations = Modulations(transformer)
-        self.graphs = graphs or Graphs()
+        self.graphs = Graphs() if graphs is None else graphs
         self.attention_backends: dict[tuple, SDPBackend] = {}
         self._ropes = ContentCache(32)
         first = transformer.transformer_blocks[0]
