@@ -589,6 +589,10 @@ def test_odd_files_are_edited_and_shown_too(ready, open_page):
     await_shown(panel, 0)
     image = panel.locator(".area-source .image-container img").first
     page.wait_for_function("image => image.complete && image.naturalWidth === 128", arg=image.element_handle())
+    panel.get_by_role("button", name="Negative", exact=True).click()
+    output = press_edit(page, panel)
+    brightness = output[:, [output.shape[1] // 8, -output.shape[1] // 8]].mean((0, 2))  # the ramp began in black
+    assert brightness[0] > 180 and brightness[1] < 75, brightness
 
 
 def test_composite_blends_then_edits_and_gives_both_as_references(ready, open_page):
