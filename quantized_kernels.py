@@ -9,6 +9,12 @@ On Hopper both operands lie with the summed dimension contiguous, as its 8-bit t
 kernel are measured against each other (`Config.form`): loads by pointer, loads by the tensor memory accelerator ("tma"),
 and the latter with as many programs as the GPU has multiprocessors, each of which fetches its next tile while it writes
 the last ("persistent"). For few rows the sum is cut into `split` parts which are added up in int32: exact in any order.
+One launch may hold the products of two weights, one for the first rows and one for the others (see `multiply`): text
+alone is so few rows that it leaves most of the GPU idle.
+
+e4m3 results can leave a product quantised: an exponent forgives a scale that is some bits too large, so a bound known
+before the sum serves, |x . w| <= |x| |w|. Rows bring their norms (`Quantized.norms`), weights theirs (`limits`). An int8
+row would lose those bits: it has to be seen whole first.
 
 On the CPU the same functions are written in PyTorch: the definition that the kernels are tested against.
 """
@@ -35,13 +41,17 @@ _SPLIT_ELEMENTS = 512 * 12288  # outputs that a split product may have: its int3
 
 
 class Quantized(NamedTuple):
-    """Rows of 8-bit numbers: values (R, K) int8 or float8_e4m3fn, scales (R,) float32; the rows are values * scales."""
+    """Rows of 8-bit numbers: values (R, K) int8 or float8_e4m3fn, scales (R,) float32; the rows are values * scales.
+
+    norms (R,) float32: Euclidean, or None where nobody asked for them.
+    """
 
     values: torch.Tensor
     scales: torch.Tensor
+    norms: torch.Tensor | None = None
 
     def part(self, rows: slice) -> "Quantized":
-        return Quantized(self.values[rows], self.scales[rows])
+        return Quantized(self.values[rows], self.scales[rows], None if self.norms is None else self.norms[rows])
 
     def dequantized(self) -> torch.Tensor:
         """(R, K) float32"""
@@ -115,7 +125,7 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype, group: int = 0, gelu: boo
     return _quantize_rows_triton(x, dtype, group, gelu)
 
 
-def residual_norm_modulate_quantize(x, y, gate, shift, scale, rows, eps: float, dtype: torch.dtype) -> Quantized:
+def residual_norm_modulate_quantize(x, y, gate, shift, scale, kinds, eps: float, dtype: torch.dtype) -> Quantized:
     """`fast_path.kernels.residual_norm_modulate` followed by `quantize_rows`, to the same bits, in one kernel on CUDA.
 
     Its arguments and the quantised type: x (R, D) becomes x + gate * y in place, the result is normed and modulated.
@@ -123,8 +133,8 @@ def residual_norm_modulate_quantize(x, y, gate, shift, scale, rows, eps: float, 
     if not x.is_cuda:
         from fast_path.kernels import residual_norm_modulate  # the package imports this module
 
-        return quantize_rows(residual_norm_modulate(x, y, gate, shift, scale, rows, eps), dtype)
-    return _norm_quantize_triton(x, y, gate, shift, scale, rows, eps, dtype)
+        return quantize_rows(residual_norm_modulate(x, y, gate, shift, scale, kinds, eps), dtype)
+    return _norm_quantize_triton(x, y, gate, shift, scale, kinds, eps, dtype)
 
 
 def finish(total: torch.Tensor, x_scales, weight_scales, bias, out: torch.Tensor, gelu: bool) -> torch.Tensor:
@@ -140,30 +150,42 @@ def finish(total: torch.Tensor, x_scales, weight_scales, bias, out: torch.Tensor
 
 
 def multiply(
-    x: Quantized, weight: Quantized, bias, out: torch.Tensor, config: Config, gelu: bool = False
-) -> torch.Tensor:
-    """`finish(x.values @ weight.values.T, ...)` by the Triton kernel. weight: (N, K) with a scale a row, out: (R, N)."""
-    (rows, depth), columns = x.values.shape, weight.values.shape[0]
-    assert x.values.is_contiguous() and weight.values.is_contiguous() and out.is_contiguous()
+    x: Quantized, weight: Quantized, bias, out: torch.Tensor | Quantized, config: Config, gelu: bool = False,
+    first: int = 0, limits: torch.Tensor | None = None,
+) -> torch.Tensor | Quantized:  # fmt: skip
+    """`finish(x.values @ weight.values.T, ...)` by the Triton kernel. weight: (N, K) with a scale a row, out: (R, N).
+
+    A weight of (2 N, K), with its bias (2 N,), is two: one for the `first` rows and one for the others. `out` may be
+    e4m3 `Quantized`, whose scales are written too: that needs the norms of x, and `limits`, float32 (2, 2), with the
+    largest norm of an output's weights and the largest magnitude of its bias, for either weight.
+    """
+    values, scales = (out, out) if limits is None else out[:2]
+    (rows, depth), columns = x.values.shape, values.shape[1]
+    second = weight.values.shape[0] - columns
+    assert second in (0, columns) and (second or not first), (weight.values.shape, values.shape, first)
+    assert x.values.is_contiguous() and weight.values.is_contiguous() and values.is_contiguous()
     a, b = x.values, weight.values
     if config.form != "pointer":
         a = TensorDescriptor.from_tensor(a, [config.block_m, config.block_k])
         b = TensorDescriptor.from_tensor(b, [config.block_n, config.block_k])
-    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
-    arguments = (a, b, x.scales, weight.scales, weight.scales if bias is None else bias, out)
+    tiles = (triton.cdiv(first, config.block_m) + triton.cdiv(rows - first, config.block_m)) * triton.cdiv(
+        columns, config.block_n
+    )
+    eight = x.scales if limits is None else x.norms, x.scales if limits is None else limits, scales
+    arguments = (a, b, x.scales, weight.scales, weight.scales if bias is None else bias, values, *eight)
     shared = {
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP": 8, "GELU": gelu,
         "HAS_BIAS": bias is not None, "SUM": tl.int32 if x.values.dtype == torch.int8 else tl.float32,
-        "num_warps": config.warps, "num_stages": config.stages,
+        "EIGHT": limits is not None, "num_warps": config.warps, "num_stages": config.stages,
     }  # fmt: skip
     if config.form == "persistent":
-        programs = min(tiles, _multiprocessors(out.device))
-        _persistent_kernel[(programs,)](*arguments, rows, columns, depth, programs, **shared)
+        programs = min(tiles, _multiprocessors(values.device))
+        _persistent_kernel[(programs,)](*arguments, rows, first, second, columns, depth, programs, **shared)
         return out
-    sums, arrived = (out, out) if config.split == 1 else _split_memory(out.device)
+    sums, arrived = (values, values) if config.split == 1 else _split_memory(values.device)
     even = depth % config.block_k == 0 or config.form != "pointer"
     _product_kernel[(tiles, config.split)](
-        *arguments, sums, arrived, rows, columns, depth,
+        *arguments, sums, arrived, rows, first, second, columns, depth,
         SPLIT=config.split, TMA=config.form == "tma", EVEN=even, **shared,
     )  # fmt: skip
     return out
@@ -228,30 +250,44 @@ def _quantize_rows_triton(x, dtype, group, gelu) -> Quantized:
     count, width = x.shape
     assert x.is_contiguous() and (not group or width % group == 0), (x.shape, x.stride(), group)
     out = _empty(count, width, dtype, x.device)
-    block = triton.next_power_of_2(width)
+    if group:
+        block = triton.next_power_of_2(width)
+        _rotate_rows_kernel[(count,)](
+            x, *out[:2], width, LARGEST=LARGEST[dtype], TINY=_TINY, GROUP=group, GELU=gelu, BLOCK=block,
+            num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16,
+        )  # fmt: skip
+        return out
+    block, parts = _parts(width)
     _quantize_rows_kernel[(count,)](
-        x, *out, width, LARGEST=LARGEST[dtype], TINY=_TINY, GROUP=group, GELU=gelu, BLOCK=block,
-        num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16,
+        x, *out[:2], width, LARGEST=LARGEST[dtype], TINY=_TINY, GELU=gelu, BLOCK=block, PARTS=parts,
+        num_warps=4 if width <= 4096 else 8,
     )  # fmt: skip
     return out
 
 
-def _norm_quantize_triton(x, y, gate, shift, scale, rows, eps, dtype) -> Quantized:
+def _norm_quantize_triton(x, y, gate, shift, scale, kinds, eps, dtype) -> Quantized:
     count, width = x.shape
-    out = _empty(count, width, dtype, x.device)
+    norms = dtype == torch.float8_e4m3fn
+    out = _empty(count, width, dtype, x.device, norms)
     _norm_quantize_kernel[(count,)](
-        x, x if y is None else y, *out, shift if gate is None else gate, shift, scale,
-        0 if gate is None else gate.stride(0), shift.stride(0), rows.text, rows.image, rows.noise, width, eps,
-        HAS_Y=y is not None, CLIP=x.dtype == torch.float16, LARGEST=LARGEST[dtype], TINY=_TINY,
+        x, x if y is None else y, *out[:2], out.norms if norms else out.scales, shift if gate is None else gate, shift,
+        scale, kinds, 0 if gate is None else gate.stride(0), shift.stride(0), width, eps,
+        HAS_Y=y is not None, CLIP=x.dtype == torch.float16, LARGEST=LARGEST[dtype], TINY=_TINY, NORMS=norms,
         BLOCK=triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
     return out
 
 
-def _empty(rows: int, width: int, dtype: torch.dtype, device) -> Quantized:
-    return Quantized(
-        torch.empty(rows, width, dtype=dtype, device=device), torch.empty(rows, dtype=torch.float32, device=device)
-    )
+def _empty(rows: int, width: int, dtype: torch.dtype, device, norms: bool = False) -> Quantized:
+    """Not yet written; the caller's kernel writes the norms too if it asks for them."""
+    numbers = torch.empty(2 if norms else 1, rows, dtype=torch.float32, device=device)
+    return Quantized(torch.empty(rows, width, dtype=dtype, device=device), *numbers)
+
+
+def _parts(width: int) -> tuple[int, int]:
+    """A row as some pieces of a power of two each, (length, how many): masked lanes cost as much as others."""
+    odd = width // (width & -width)
+    return (width // odd, odd) if odd <= 7 else (triton.next_power_of_2(width), 1)
 
 
 @functools.cache
@@ -284,54 +320,99 @@ if triton is not None:
     # Row counts change with every prompt, and with them where a stream's rows begin: without `do_not_specialize` some of
     # them would compile a kernel anew.
 
+    if triton.knobs.runtime.interpret:  # which knows no assembly
+
+        @triton.jit
+        def _tanh(x):
+            return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+        @triton.jit
+        def _nearest(x):
+            return (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: float32 has no fraction there, rounds to even
+    else:
+
+        @triton.jit
+        def _tanh(x):
+            """One instruction, 11 bits: more than bfloat16 keeps. GELUs are most of what a row's quantisation computes."""
+            return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+        @triton.jit
+        def _nearest(x):
+            """To even. An addition that does it would be fused with the multiplication before it, and know no ties."""
+            return tl.inline_asm_elementwise("cvt.rni.s32.f32 $0, $1;", "=r,f", [x], tl.int32, True, 1)
+
     @triton.jit
     def _gelu(x):
-        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # the tanh form, rewritten
+        half = 0.5 * x
+        return half + half * _tanh(x * (0.7978845608028654 + 0.035677408136300125 * x * x))
+
+    @triton.jit
+    def _rounded(value, dtype: tl.constexpr):
+        if dtype == tl.int8:
+            value = _nearest(value)
+        return value.to(dtype)
 
     @triton.jit
     def _store_quantized(value, at, inside, values, scales, row, LARGEST: tl.constexpr, TINY: tl.constexpr):
         most = tl.maximum(tl.max(tl.abs(value)), TINY)
-        value = value * tl.div_rn(tl.full((), LARGEST, tl.float32), most)
-        if values.dtype.element_ty == tl.int8:
-            value = (value + 12582912.0) - 12582912.0  # 1.5 * 2^23: float32 has no fraction there, rounds to even
-        tl.store(values + at, value.to(values.dtype.element_ty), mask=inside)
+        factor = tl.div_rn(tl.full((), LARGEST, tl.float32), most)
+        tl.store(values + at, _rounded(value * factor, values.dtype.element_ty), mask=inside)
         tl.store(scales + row, most * (1.0 / LARGEST))
 
     @triton.jit
     def _quantize_rows_kernel(
         x, values, scales, width,
+        LARGEST: tl.constexpr, TINY: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0)
+        columns = tl.arange(0, BLOCK)
+        at = row.to(tl.int64) * width + columns
+        kept = ()
+        most = TINY
+        for part in tl.static_range(PARTS):
+            value = tl.load(x + at + part * BLOCK, mask=part * BLOCK + columns < width, other=0.0).to(tl.float32)
+            if GELU:
+                value = _gelu(value)
+            kept = kept + (value,)
+            most = tl.maximum(most, tl.max(tl.abs(value)))
+        factor = tl.div_rn(tl.full((), LARGEST, tl.float32), most)
+        for part in tl.static_range(PARTS):
+            value = _rounded(kept[part] * factor, values.dtype.element_ty)
+            tl.store(values + at + part * BLOCK, value, mask=part * BLOCK + columns < width)
+        tl.store(scales + row, most * (1.0 / LARGEST))
+
+    @triton.jit
+    def _rotate_rows_kernel(
+        x, values, scales, width,
         LARGEST: tl.constexpr, TINY: tl.constexpr, GROUP: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0)
-        if GROUP > 0:
-            columns = tl.arange(0, BLOCK // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
-        else:
-            columns = tl.arange(0, BLOCK)
+        columns = tl.arange(0, BLOCK // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
         inside = columns < width
         at = row.to(tl.int64) * width + columns
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         if GELU:
             value = _gelu(value)
-        if GROUP > 0:
-            i, j = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
-            signs = ((i // 4 + j // 4 == 3) != (i % 4 + j % 4 == 3)).to(tl.float32)
-            hadamard = 0.25 - 0.5 * signs
-            value = tl.dot(value, hadamard, input_precision="tf32")
-            if GROUP == 256:
-                value = tl.permute(tl.reshape(value, (BLOCK // 256, 16, 16)), (0, 2, 1))
-                value = tl.dot(tl.reshape(value, (BLOCK // 16, 16)), hadamard, input_precision="tf32")
+        i, j = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+        signs = ((i // 4 + j // 4 == 3) != (i % 4 + j % 4 == 3)).to(tl.float32)
+        hadamard = 0.25 - 0.5 * signs
+        value = tl.dot(value, hadamard, input_precision="tf32")
+        if GROUP == 256:
+            value = tl.permute(tl.reshape(value, (BLOCK // 256, 16, 16)), (0, 2, 1))
+            value = tl.dot(tl.reshape(value, (BLOCK // 16, 16)), hadamard, input_precision="tf32")
         _store_quantized(value, at, inside, values, scales, row, LARGEST, TINY)
 
-    @triton.jit(do_not_specialize=["text", "image", "noise"])
+    @triton.jit
     def _norm_quantize_kernel(
-        x, y, values, scales, gate, shift, scale, gate_stride, stride, text, image, noise, width, eps,
-        HAS_Y: tl.constexpr, CLIP: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr,
+        x, y, values, scales, norms, gate, shift, scale, kinds, gate_stride, stride, width, eps,
+        HAS_Y: tl.constexpr, CLIP: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, NORMS: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0)
         columns = tl.arange(0, BLOCK)
         inside = columns < width
         at = row.to(tl.int64) * width + columns
-        kind = tl.where(row < text, 0, tl.where((row - text) % image < noise, 1, 2))
+        kind = tl.load(kinds + row)
         modulation = kind * stride + columns
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         if HAS_Y:
@@ -347,56 +428,78 @@ if triton is not None:
         factor = 1.0 + tl.load(scale + modulation, mask=inside, other=0.0).to(tl.float32)
         moved = normed * factor + tl.load(shift + modulation, mask=inside, other=0.0).to(tl.float32)
         moved = moved.to(x.dtype.element_ty).to(tl.float32)  # the same bits as in two kernels
+        moved = tl.where(inside, moved, 0.0)
+        if NORMS:
+            tl.store(norms + row, tl.sqrt(tl.sum(moved * moved)))
         _store_quantized(moved, at, inside, values, scales, row, LARGEST, TINY)
 
     @triton.jit
-    def _place(tile, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-        """Row and column of a tile. GROUP rows of tiles go through the columns together: their weights stay in L2."""
-        tall, wide = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
-        first = tile // (GROUP * wide) * GROUP
-        height = tl.minimum(tall - first, GROUP)
+    def _place(
+        tile, rows, first, second, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr
+    ):
+        """A tile's first row and the end of its rows, its first column, and where its weight's rows begin.
+
+        GROUP rows of tiles go through the columns together: their weights stay in L2.
+        """
+        upper = tl.cdiv(first, BLOCK_M)
+        tall, wide = upper + tl.cdiv(rows - first, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+        above = tile // (GROUP * wide) * GROUP
+        height = tl.minimum(tall - above, GROUP)
         inner = tile % (GROUP * wide)
-        return first + inner % height, inner // height
+        m = above + inner % height
+        is_first = m < upper
+        row = tl.where(is_first, m * BLOCK_M, first + (m - upper) * BLOCK_M)
+        return row, tl.where(is_first, first, rows), inner // height * BLOCK_N, tl.where(is_first, 0, second)
 
     @triton.jit
     def _finish(
-        total, row, column, row_scales, column_scales, bias, out, rows, columns,
-        GELU: tl.constexpr, HAS_BIAS: tl.constexpr,
+        total, row, end, column, weight, row_scales, column_scales, bias, out, norms, limits, out_scales, columns,
+        GELU: tl.constexpr, HAS_BIAS: tl.constexpr, EIGHT: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):  # fmt: skip
+        is_left, is_second = column == 0, (weight > 0).to(tl.int32)
+        row += tl.arange(0, BLOCK_M)
+        column += tl.arange(0, BLOCK_N)
         across = column < columns
-        down = row < rows
+        down = row < end
         value = total.to(tl.float32) * tl.load(row_scales + row, mask=down, other=0.0)[:, None]
-        value = value * tl.load(column_scales + column, mask=across, other=0.0)[None, :]
+        value = value * tl.load(column_scales + weight + column, mask=across, other=0.0)[None, :]
         if HAS_BIAS:
-            value += tl.load(bias + column, mask=across, other=0.0).to(tl.float32)[None, :]
+            value += tl.load(bias + weight + column, mask=across, other=0.0).to(tl.float32)[None, :]
         if GELU:
             value = _gelu(value)
+        if EIGHT:
+            # 2^-4 is what rounding to e4m3 may have added to the row's norm; the sum itself rounds much finer.
+            most = tl.load(norms + row, mask=down, other=1.0) * tl.load(limits + 2 * is_second) * 1.08
+            most += tl.load(limits + 2 * is_second + 1) + 1e-30
+            value = value * (448.0 / most)[:, None]
+            tl.store(out_scales + row, most * (1.0 / 448.0), mask=down & is_left)
         at = row.to(tl.int64)[:, None] * columns + column[None, :]
         tl.store(out + at, value.to(out.dtype.element_ty), mask=down[:, None] & across[None, :])
 
-    @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["row_scales"])
+    @triton.jit(do_not_specialize=["rows", "first"], do_not_specialize_on_alignment=["row_scales", "norms"])
     def _product_kernel(
-        a, b, row_scales, column_scales, bias, out, sums, arrived, rows, columns, depth,
+        a, b, row_scales, column_scales, bias, out, norms, limits, out_scales, sums, arrived,
+        rows, first, second, columns, depth,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
         SPLIT: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
-        GELU: tl.constexpr, HAS_BIAS: tl.constexpr, SUM: tl.constexpr,
+        GELU: tl.constexpr, HAS_BIAS: tl.constexpr, SUM: tl.constexpr, EIGHT: tl.constexpr,
     ):  # fmt: skip
         tile = tl.program_id(0)
-        m, n = _place(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP)
-        row, column = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
-        inner = tl.arange(0, BLOCK_K)
+        row, end, column, weight = _place(tile, rows, first, second, columns, BLOCK_M, BLOCK_N, GROUP)
+        down, across, inner = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
         steps = tl.cdiv(depth, BLOCK_K)
         share = tl.cdiv(steps, SPLIT)
         start = tl.program_id(1) * share
         if not TMA:  # rows beyond the last read others in their place: no masks in the loop, and none of it is stored
-            a_at = a + (row % rows).to(tl.int64)[:, None] * depth + inner[None, :]
-            b_at = b + (column % columns).to(tl.int64)[None, :] * depth + inner[:, None]
+            a_at = a + (down % rows).to(tl.int64)[:, None] * depth + inner[None, :]
+            b_at = b + (weight + across % columns).to(tl.int64)[None, :] * depth + inner[:, None]
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM)
         for step in range(start, tl.minimum(start + share, steps)):
             k = step * BLOCK_K
             if TMA:
-                x = a.load([m * BLOCK_M, k])
-                w = b.load([n * BLOCK_N, k]).T
+                x = a.load([row, k])
+                w = b.load([weight + column, k]).T
             elif EVEN:
                 x = tl.load(a_at + k)
                 w = tl.load(b_at + k)
@@ -405,31 +508,40 @@ if triton is not None:
                 w = tl.load(b_at + k, mask=(k + inner < depth)[:, None], other=0.0)
             total = tl.dot(x, w, total, out_dtype=SUM)
         if SPLIT == 1:
-            _finish(total, row, column, row_scales, column_scales, bias, out, rows, columns, GELU, HAS_BIAS)
+            _finish(
+                total, row, end, column, weight, row_scales, column_scales, bias, out, norms, limits, out_scales,
+                columns, GELU, HAS_BIAS, EIGHT, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
         else:
-            at = row[:, None] * columns + column[None, :]
-            inside = (row < rows)[:, None] & (column < columns)[None, :]
+            at = down[:, None] * columns + across[None, :]
+            inside = (down < end)[:, None] & (across < columns)[None, :]
             tl.atomic_add(sums + at, total, mask=inside, sem="relaxed")
             tl.debug_barrier()  # all of this program's sums are there before it says so
             if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLIT - 1:  # the last one finishes, and tidies up
                 total = tl.load(sums + at, mask=inside, other=0, cache_modifier=".cg")  # atomics bypass the L1 cache
                 tl.store(sums + at, tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM), mask=inside)
                 tl.store(arrived + tile, 0)
-                _finish(total, row, column, row_scales, column_scales, bias, out, rows, columns, GELU, HAS_BIAS)
+                _finish(
+                    total, row, end, column, weight, row_scales, column_scales, bias, out, norms, limits, out_scales,
+                    columns, GELU, HAS_BIAS, EIGHT, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
 
-    @triton.jit(do_not_specialize=["rows", "programs"], do_not_specialize_on_alignment=["row_scales"])
+    @triton.jit(do_not_specialize=["rows", "first", "programs"], do_not_specialize_on_alignment=["row_scales", "norms"])
     def _persistent_kernel(
-        a, b, row_scales, column_scales, bias, out, rows, columns, depth, programs,
+        a, b, row_scales, column_scales, bias, out, norms, limits, out_scales,
+        rows, first, second, columns, depth, programs,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-        GELU: tl.constexpr, HAS_BIAS: tl.constexpr, SUM: tl.constexpr,
+        GELU: tl.constexpr, HAS_BIAS: tl.constexpr, SUM: tl.constexpr, EIGHT: tl.constexpr,
     ):  # fmt: skip
-        tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
+        tiles = (tl.cdiv(first, BLOCK_M) + tl.cdiv(rows - first, BLOCK_M)) * tl.cdiv(columns, BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
-            m, n = _place(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP)
+            row, end, column, weight = _place(tile, rows, first, second, columns, BLOCK_M, BLOCK_N, GROUP)
             total = tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM)
             for step in range(tl.cdiv(depth, BLOCK_K)):
-                x = a.load([m * BLOCK_M, step * BLOCK_K])
-                w = b.load([n * BLOCK_N, step * BLOCK_K]).T
+                x = a.load([row, step * BLOCK_K])
+                w = b.load([weight + column, step * BLOCK_K]).T
                 total = tl.dot(x, w, total, out_dtype=SUM)
-            row, column = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
-            _finish(total, row, column, row_scales, column_scales, bias, out, rows, columns, GELU, HAS_BIAS)
+            _finish(
+                total, row, end, column, weight, row_scales, column_scales, bias, out, norms, limits, out_scales,
+                columns, GELU, HAS_BIAS, EIGHT, BLOCK_M, BLOCK_N,
+            )  # fmt: skip

@@ -13,13 +13,16 @@ import numpy as np
 import torch
 
 from fast_path.graphs import Graphs
+from fast_path.reuse import TokenCache
 from fast_path.text_encoder import FusedTextEncoder
 from fast_path.transformer import FusedTransformer
 from fast_path.unsupported import UnsupportedError
 from fast_path.vae import SingleFrameVAE, single_frame_vae
 from loading import is_lightning
 
-__all__ = ["Applied", "FusedTextEncoder", "FusedTransformer", "SingleFrameVAE", "apply", "remove", "single_frame_vae"]
+__all__ = [
+    "Applied", "FusedTextEncoder", "FusedTransformer", "SingleFrameVAE", "TokenCache", "apply", "remove", "single_frame_vae",
+]  # fmt: skip
 
 PARTS = ("single_frame_vae", "fused_transformer", "fused_text_encoder")  # attributes of the pipeline
 
@@ -36,7 +39,7 @@ def apply(pipeline) -> list[Applied]:
     """Puts every acceleration in that fits `pipeline` and sets its attributes of the same names. Call after `.to`."""
     if in_use(pipeline):
         remove(pipeline)
-    report, graphs = [], Graphs()  # of the VAE and the text encoder, which share its memory; the transformer has its own
+    report = []
 
     def put(name: str, make: Callable[[], tuple[Any, str]]) -> None:
         try:
@@ -46,9 +49,9 @@ def apply(pipeline) -> list[Applied]:
         except UnsupportedError as error:
             report.append(Applied(name, False, str(error)))
 
-    put("single_frame_vae", lambda: _vae(pipeline, graphs))
+    put("single_frame_vae", lambda: _vae(pipeline))
     put("fused_transformer", lambda: _transformer(pipeline))
-    put("fused_text_encoder", lambda: _text_encoder(pipeline, graphs))
+    put("fused_text_encoder", lambda: _text_encoder(pipeline))
     if pipeline.transformer.device.type == "cuda":
         report.append(Applied("warm_up", True, _warm_up(pipeline)))
     return report
@@ -60,9 +63,12 @@ def in_use(pipeline) -> bool:
 
 
 def forget_recordings(pipeline) -> None:
-    """Frees the CUDA graphs' memory; a shape that comes again is recorded again."""
+    """Frees the memory of CUDA graphs and token caches; a shape that comes again is recorded again."""
     for part in filter(None, (getattr(pipeline, name) for name in PARTS)):
-        part.graphs.clear()
+        part.graphs.clear()  # each part's own, so that parts may run at the same time on streams of their own
+    if pipeline.fused_transformer is not None:
+        for cache in pipeline.fused_transformer.token_caches:
+            cache.clear()
 
 
 def remove(pipeline) -> None:
@@ -76,13 +82,13 @@ def remove(pipeline) -> None:
         setattr(pipeline, name, None)
 
 
-def _vae(pipeline, graphs: Graphs):
+def _vae(pipeline):
     if hasattr(pipeline.vae, "_hf_hook"):
         raise UnsupportedError("the VAE is offloaded: its copy would stay behind")
     reason = "2-D convolutions, channels last; the temporal past is zeros"
     if pipeline.vae.device.type == "cuda":
         reason += "; bias, shortcut, norm and SiLU in one kernel, bytes to latents and back in a CUDA graph each"
-    return single_frame_vae(pipeline.vae, graphs), reason
+    return single_frame_vae(pipeline.vae, Graphs()), reason
 
 
 def _transformer(pipeline):
@@ -96,8 +102,8 @@ def _transformer(pipeline):
     return fused, reason
 
 
-def _text_encoder(pipeline, graphs: Graphs):
-    fused = FusedTextEncoder(pipeline.text_encoder, graphs)
+def _text_encoder(pipeline):
+    fused = FusedTextEncoder(pipeline.text_encoder, Graphs())
     reason = "no questions to the GPU, windows of one size in one batch, q, k, v and gate, up in one product"
     if freed := fused.offload():
         reason += f", two CUDA graphs, {freed / 1e9:.1f} GB of vocabulary head moved to the CPU"

@@ -5,8 +5,9 @@ for the same, each reading and writing all activations. On CUDA they are Triton 
 are written in PyTorch: the definition that the kernels are tested against. Arithmetic is float32 inside, rounded once
 on the way out, where stock rounds after every operation: equal up to rounding, and nearer to the exact value.
 
-Both streams lie in one tensor, all text rows before all image rows, and a row's place says how it is modulated: as text,
-as noise, or as a reference (which Qwen-Image-Edit-2511 modulates as at time 0).
+Both streams lie in one tensor, all text rows before all image rows. What a row is, its kind says: 0 text, 1 noise, 2
+reference (which Qwen-Image-Edit-2511 modulates as at time 0), and for the n-th of several samples 3 n more. Kinds are at
+the same time the rows' places in the tables of modulation, so any rows of any samples may stand beside each other.
 """
 
 from typing import NamedTuple
@@ -21,58 +22,70 @@ except ImportError:  # a CPU build of torch comes without it
     triton = None
 
 
-class Rows(NamedTuple):
-    """Where rows belong: `text` rows of text; then pictures of `image` rows each, of which the first `noise` are noise."""
-
-    text: int
-    image: int
-    noise: int
-
-
 def residual_norm_modulate(
     x: torch.Tensor,
     y: torch.Tensor | None,
     gate: torch.Tensor | None,
     shift: torch.Tensor,
     scale: torch.Tensor,
-    rows: Rows,
+    kinds: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
     """`x += gate * y` in place (left out if `y` is None), then layer_norm(x) * (1 + scale) + shift as a new tensor.
 
-    x, y: (R, D) contiguous; gate, shift, scale: (3, D) for text, noise and references; shift and scale with one row stride.
+    x, y: (R, D) contiguous; gate, shift, scale: (K, D), a row for each kind, shift and scale with one row stride; kinds:
+    int32 (R,) below K.
     """
     if x.is_cuda:
-        return _residual_norm_modulate_cuda(x, y, gate, shift, scale, rows, eps)
-    row = torch.arange(x.shape[0])
-    kind = torch.where(row < rows.text, 0, torch.where((row - rows.text) % rows.image < rows.noise, 1, 2))
+        return _residual_norm_modulate_cuda(x, y, gate, shift, scale, kinds, eps)
     if y is not None:
-        x.copy_(_clip(x.float() + gate[kind].float() * y.float(), x.dtype))
+        x.copy_(_clip(x.float() + gate[kinds].float() * y.float(), x.dtype))
     normed = F.layer_norm(x.float(), x.shape[1:], eps=eps)
-    return (normed * (1 + scale[kind].float()) + shift[kind].float()).to(x.dtype)
+    return (normed * (1 + scale[kinds].float()) + shift[kinds].float()).to(x.dtype)
+
+
+class Places(NamedTuple):
+    """Where the rows' queries, keys and values go: row r of the products to row `rows[r]` of these.
+
+    q, k, v: (S, H, d), each row contiguous; q may be None, then queries stay where they are. rows: int32 (R,).
+    """
+
+    q: torch.Tensor | None
+    k: torch.Tensor
+    v: torch.Tensor
+    rows: torch.Tensor
 
 
 def qk_norm_rope(
     qkv: torch.Tensor,
-    text: int,
+    kinds: torch.Tensor,
+    positions: torch.Tensor,
     weights: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     eps: float,
+    places: Places | None = None,
 ) -> None:
-    """RMS norm and rotary embedding of queries and keys, in place. The first `text` tokens of each row are text.
+    """RMS norm and rotary embedding of queries and keys: in place, or to `places`, where the values go too.
 
-    qkv: (B, S, 3, H, d) contiguous; weights: (2, 2, d) as [image or text][q or k]; cos, sin: float32 (S, d / 2), for
-    neighbouring pairs of numbers.
+    qkv: (R, 3, H, d) contiguous; kinds, positions: int32 (R,); weights: (2, 2, d) as [image or text][q or k]; cos, sin:
+    float32 (P, d / 2), for neighbouring pairs of numbers, read at the rows' positions.
     """
     if qkv.is_cuda:
-        _qk_norm_rope_cuda(qkv, text, weights, cos, sin, eps)
+        _qk_norm_rope_cuda(qkv, kinds, positions, weights, cos, sin, eps, places)
         return
-    for part, stream in ((slice(0, text), 1), (slice(text, None), 0)):
-        x = qkv[:, part, :2].float()  # (B, tokens, 2, H, d)
-        x = F.rms_norm(x, x.shape[-1:], eps=eps) * weights[stream].float().unsqueeze(1)
-        even, odd, c, s = x[..., 0::2], x[..., 1::2], cos[part, None, None], sin[part, None, None]
-        qkv[:, part, :2] = torch.stack((even * c - odd * s, even * s + odd * c), -1).flatten(-2).to(qkv.dtype)
+    x = qkv[:, :2].float()  # (R, 2, H, d)
+    x = F.rms_norm(x, x.shape[-1:], eps=eps) * weights[(kinds % 3 == 0).long()].float().unsqueeze(2)
+    even, odd, c, s = x[..., 0::2], x[..., 1::2], cos[positions][:, None, None], sin[positions][:, None, None]
+    q, k = torch.stack((even * c - odd * s, even * s + odd * c), -1).flatten(-2).to(qkv.dtype).unbind(1)
+    if places is None or places.q is None:
+        qkv[:, 0] = q
+    if places is None:
+        qkv[:, 1] = k
+        return
+    for part, to in ((q, places.q), (k, places.k), (qkv[:, 2], places.v)):
+        if to is not None:
+            to[places.rows] = part
 
 
 def _clip(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -80,38 +93,42 @@ def _clip(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.clamp(-65504.0, 65504.0) if dtype == torch.float16 else x
 
 
-def _residual_norm_modulate_cuda(x, y, gate, shift, scale, rows, eps):
+def _residual_norm_modulate_cuda(x, y, gate, shift, scale, kinds, eps):
     count, width = x.shape
     out = torch.empty_like(x)
     _residual_norm_modulate_kernel[(count,)](
-        x, x if y is None else y, out, shift if gate is None else gate, shift, scale,
-        0 if gate is None else gate.stride(0), shift.stride(0), rows.text, rows.image, rows.noise, width, eps,
+        x, x if y is None else y, out, shift if gate is None else gate, shift, scale, kinds,
+        0 if gate is None else gate.stride(0), shift.stride(0), width, eps,
         HAS_Y=y is not None, CLIP=x.dtype == torch.float16, BLOCK=triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
     return out
 
 
-def _qk_norm_rope_cuda(qkv, text, weights, cos, sin, eps):
-    batch, length, _, heads, width = qkv.shape
+def _qk_norm_rope_cuda(qkv, kinds, positions, weights, cos, sin, eps, places):
+    count, _, heads, width = qkv.shape
     block = min(8, triton.next_power_of_2(heads))
-    _qk_norm_rope_kernel[(batch * length, 2 * triton.cdiv(heads, block))](
-        qkv, weights, cos, sin, text, length, eps, HEADS=heads, BLOCK_HEADS=block, WIDTH=width, num_warps=4,
+    own = Places(qkv[:, 0], qkv[:, 1], qkv[:, 2], kinds) if places is None else places
+    q = qkv[:, 0] if own.q is None else own.q
+    _qk_norm_rope_kernel[(count, (2 if places is None else 3) * triton.cdiv(heads, block))](
+        qkv, q, own.k, own.v, own.rows, kinds, positions, weights, cos, sin,
+        q.stride(0), own.k.stride(0), own.v.stride(0), eps,
+        PARTS=2 if places is None else 3, MOVE_Q=places is not None and places.q is not None, MOVE=places is not None,
+        HEADS=heads, BLOCK_HEADS=block, WIDTH=width, num_warps=4,
     )  # fmt: skip
 
 
 if triton is not None:
-    # Row counts change with every prompt: without `do_not_specialize` some of them would compile a kernel anew.
 
-    @triton.jit(do_not_specialize=["text", "image", "noise"])
+    @triton.jit
     def _residual_norm_modulate_kernel(
-        x, y, out, gate, shift, scale, gate_stride, stride, text, image, noise, width, eps,
+        x, y, out, gate, shift, scale, kinds, gate_stride, stride, width, eps,
         HAS_Y: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0)
         columns = tl.arange(0, BLOCK)
         inside = columns < width
         at = row.to(tl.int64) * width + columns
-        kind = tl.where(row < text, 0, tl.where((row - text) % image < noise, 1, 2))
+        kind = tl.load(kinds + row)
         modulation = kind * stride + columns
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         if HAS_Y:
@@ -128,24 +145,37 @@ if triton is not None:
         moved = normed * factor + tl.load(shift + modulation, mask=inside, other=0.0).to(tl.float32)
         tl.store(out + at, moved.to(out.dtype.element_ty), mask=inside)
 
-    @triton.jit(do_not_specialize=["text", "length"])
+    @triton.jit
     def _qk_norm_rope_kernel(
-        qkv, weights, cos, sin, text, length, eps,
+        qkv, q, k, v, places, kinds, positions, weights, cos, sin, q_stride, k_stride, v_stride, eps,
+        PARTS: tl.constexpr, MOVE_Q: tl.constexpr, MOVE: tl.constexpr,
         HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
-        token, part = tl.program_id(0), tl.program_id(1)
-        position = token % length
-        heads = (part // 2) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+        row, part = tl.program_id(0), tl.program_id(1)
+        heads = (part // PARTS) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
         numbers = tl.arange(0, WIDTH)
-        is_key = part % 2
-        at = (token.to(tl.int64) * 3 + is_key) * HEADS * WIDTH + heads[:, None] * WIDTH + numbers[None, :]
+        which = part % PARTS  # query, key or value
+        inner = heads[:, None] * WIDTH + numbers[None, :]
         inside = (heads < HEADS)[:, None] & (numbers < WIDTH)[None, :]
-        value = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
-        which = tl.where(position < text, 2, 0) + is_key
-        weight = tl.load(weights + which * WIDTH + numbers).to(tl.float32)
-        value = value * tl.rsqrt(tl.sum(value * value, axis=1) / WIDTH + eps)[:, None] * weight[None, :]
-        even, odd = tl.split(tl.reshape(value, (BLOCK_HEADS, WIDTH // 2, 2)))
-        pairs = position * (WIDTH // 2) + tl.arange(0, WIDTH // 2)
-        c, s = tl.load(cos + pairs)[None, :], tl.load(sin + pairs)[None, :]
-        turned = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (BLOCK_HEADS, WIDTH))
-        tl.store(qkv + at, turned.to(qkv.dtype.element_ty), mask=inside)
+        value = tl.load(qkv + (row.to(tl.int64) * 3 + which) * HEADS * WIDTH + inner, mask=inside, other=0.0)
+        to_row = row.to(tl.int64)
+        if MOVE:
+            to_row = tl.load(places + row).to(tl.int64)
+        if which == 2:
+            tl.store(v + to_row * v_stride + inner, value, mask=inside)
+        else:
+            value = value.to(tl.float32)
+            stream = tl.where(tl.load(kinds + row) % 3 == 0, 2, 0)
+            weight = tl.load(weights + (stream + which) * WIDTH + numbers).to(tl.float32)
+            value = value * tl.rsqrt(tl.sum(value * value, axis=1) / WIDTH + eps)[:, None] * weight[None, :]
+            even, odd = tl.split(tl.reshape(value, (BLOCK_HEADS, WIDTH // 2, 2)))
+            pairs = tl.load(positions + row) * (WIDTH // 2) + tl.arange(0, WIDTH // 2)
+            c, s = tl.load(cos + pairs)[None, :], tl.load(sin + pairs)[None, :]
+            turned = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (BLOCK_HEADS, WIDTH))
+            turned = turned.to(qkv.dtype.element_ty)
+            if which == 1:
+                tl.store(k + to_row * k_stride + inner, turned, mask=inside)
+            elif MOVE_Q:
+                tl.store(q + to_row * q_stride + inner, turned, mask=inside)
+            else:
+                tl.store(q + row.to(tl.int64) * q_stride + inner, turned, mask=inside)

@@ -15,8 +15,11 @@ The weights are the loaded model's own. q, k and v of each stream are moved into
 parameters become views of it, so that the stock model still runs on them and nothing is held twice.
 """
 
+import math
 import warnings
+import weakref
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,15 +31,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from content_cache import ContentCache
 from fast_path import kernels
 from fast_path.graphs import Graphs
-from fast_path.kernels import Rows, qk_norm_rope, residual_norm_modulate
+from fast_path.kernels import Places, qk_norm_rope, residual_norm_modulate
 from fast_path.modulation import Modulations
 from fast_path.unsupported import UnsupportedError
 from quantized_kernels import Quantized, residual_norm_modulate_quantize
 from quantized_linear import QuantizedLinear
 
 
+class Sample(NamedTuple):
+    """One prediction that is wanted."""
+
+    latents: torch.Tensor  # (B, N, C)
+    conditions: torch.Tensor  # (B, M, C), the references
+    prompt_embeds: torch.Tensor  # (B, T, J), unpadded
+    shapes: tuple[tuple[int, int, int], ...]  # (frames, rows, columns) of tokens: the output's, then each reference's
+    time: float  # the schedule's timestep
+    times: tuple[float, ...] = ()  # all that it will ask for: what a time costs to prepare is paid for all at once
+
+
 class FusedTransformer:
-    """`velocity` is the stock model's output for the noise tokens, up to rounding.
+    """`velocities` are the stock model's outputs for the noise tokens, up to rounding.
 
     Raises UnsupportedError for a model whose layers are not those that are written down here, and on CUDA without Triton.
     """
@@ -46,8 +60,9 @@ class FusedTransformer:
         self.transformer = transformer
         self.modulations = Modulations(transformer)
         self.graphs = Graphs() if graphs is None else graphs
+        self.token_caches: weakref.WeakSet = weakref.WeakSet()  # see `reuse`: they too hold what weights have made
         self.attention_backends: dict[tuple, SDPBackend] = {}
-        self._ropes = ContentCache(32)
+        self._ropes, self._layouts = ContentCache(32), ContentCache(32)
         first = transformer.transformer_blocks[0]
         self.heads, self.width = first.num_attention_heads, first.dim
         self.eps, self.qk_eps = first.img_norm1.eps, first.attn.norm_q.eps
@@ -57,25 +72,22 @@ class FusedTransformer:
     def device(self) -> torch.device:
         return self.transformer.proj_out.weight.device
 
-    @torch.no_grad()
-    def velocity(
-        self,
-        latents: torch.Tensor,
-        conditions: torch.Tensor,
-        prompt_embeds: torch.Tensor,
-        shapes: tuple[tuple[int, int, int], ...],
-        time: float,
-        times: tuple[float, ...] = (),
-    ) -> torch.Tensor:
-        """(B, N, C) for latents (B, N, C), references (B, M, C) and unpadded prompts (B, T, J).
+    def velocity(self, *sample, **named) -> torch.Tensor:
+        """(B, N, C): of one sample, given by its fields."""
+        return self.velocities([Sample(*sample, **named)])[0]
 
-        `shapes` are the output's and the references' (frames, rows, columns) of tokens; `time` is the schedule's
-        timestep, `times` all that it will ask for: what has to be computed for a time is computed for all at once.
+    @torch.no_grad()
+    def velocities(self, samples: list[Sample]) -> list[torch.Tensor]:
+        """(B, N, C) of each sample, in one forward: the products are over all rows, each picture attends to itself only.
+
+        Samples may differ in everything: sizes, references, lengths of prompts, times. So nothing is padded or masked.
         """
-        blocks, out = self.modulations.get(time, times)
-        rope = self._rope(shapes, prompt_embeds.shape[1])
-        step = partial(self._step, *rope)
-        return self.graphs.run(("velocity", shapes), step, latents, conditions, prompt_embeds, blocks, out)
+        key = tuple((s.shapes, *s.prompt_embeds.shape[:2]) for s in samples)
+        layout = self._layouts.get(key, lambda: self._layout(key))
+        tables = [table for s in samples for table in self.modulations.get(s.time, s.times)]
+        step = partial(self._step, layout)
+        found = self.graphs.run(("velocities", key), step, *tables, *(t for s in samples for t in s[:3]))
+        return [found] if len(samples) == 1 else list(found)
 
     def weights_changed(self, layers: set[str]) -> None:
         """To be told when the named layers' weights were changed in place: what was computed from them is forgotten."""
@@ -83,51 +95,62 @@ class FusedTransformer:
             self.modulations.clear()
         for block in self.blocks:
             block.check()
+        for cache in self.token_caches:
+            cache.clear()
 
-    def _step(self, cos, sin, latents, conditions, prompt_embeds, modulation, out) -> torch.Tensor:
-        model, (batch, noise) = self.transformer, latents.shape[:2]
-        text = prompt_embeds.shape[1]
-        rows = Rows(batch * text, noise + conditions.shape[1], noise)
-        words = model.txt_in(model.txt_norm(prompt_embeds))
-        x = torch.cat([words.flatten(0, 1), model.img_in(torch.cat([latents, conditions], dim=1)).flatten(0, 1)])
-        shift, scale = modulation[0, :, 0], modulation[0, :, 1]
-        h = self._norm(self.blocks[0].reads_qkv, x, None, None, shift, scale, rows)
+    def _step(self, layout: "_Layout", *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        count = len(tensors) // 5
+        tables, inputs = tensors[: 2 * count], tensors[2 * count :]
+        samples = [inputs[i : i + 3] for i in range(0, 3 * count, 3)]
+        words = torch.cat([embeds.flatten(0, 1) for _, _, embeds in samples])
+        pictures = [torch.cat([latents, conditions], 1).flatten(0, 1) for latents, conditions, _ in samples]
+        modulation = tables[0] if count == 1 else torch.cat(tables[::2], 1)
+        y = self.run(_Joint(self, layout), words, torch.cat(pictures), modulation, torch.stack(tables[1::2]))
+        parts = y.split([latents.shape[0] * latents.shape[1] for latents, _, _ in samples])
+        parts = tuple(part.view(latents.shape) for part, (latents, _, _) in zip(parts, samples, strict=True))
+        return parts[0] if count == 1 else parts
+
+    def run(self, attention: "_Joint", words: torch.Tensor | None, pictures: torch.Tensor, modulation, out) -> torch.Tensor:
+        """All blocks over rows of text, (T, J) or none, and of pictures, (R, C): (N, C) for the rows that are noise.
+
+        `attention` knows what the rows are (`text` of them text; `kinds`, and `noise` that are noise), and computes what
+        they hear. modulation (L, K, 6, D), a row for each kind; out (samples, 2, D).
+        """
+        model, text = self.transformer, attention.text
+        x = model.img_in(pictures)
+        if words is not None:
+            x = torch.cat([model.txt_in(model.txt_norm(words)), x])
+        kinds = attention.kinds
+        h = self._norm(self.blocks[0].reads_qkv, x, None, None, modulation[0, :, 0], modulation[0, :, 1], kinds)
         for i, block in enumerate(self.blocks[:-1]):
-            now, then = modulation[i].unbind(1), modulation[i + 1].unbind(1)  # six of (3, D) each
-            heard = _by_stream(self._attend(self._qkv(block, h, batch, text, cos, sin)), text)
-            y = block.out(heard, rows.text)
-            h = self._norm(block.reads_mlp, x, y, now[2], now[3], now[4], rows)
-            y = block.mlp(h, rows.text)
-            h = self._norm(self.blocks[i + 1].reads_qkv, x, y, now[5], then[0], then[1], rows)
+            now, then = modulation[i].unbind(1), modulation[i + 1].unbind(1)  # six of (K, D) each
+            y = block.out(attention.hear(i, block, h), text)
+            h = self._norm(block.reads_mlp, x, y, now[2], now[3], now[4], kinds)
+            y = block.mlp(h, text)
+            h = self._norm(self.blocks[i + 1].reads_qkv, x, y, now[5], then[0], then[1], kinds)
         # The last block: keys and values of all, the rest for the noise alone.
-        block, now = self.blocks[-1], modulation[-1].unbind(1)
-        heard = self._attend(self._qkv(block, h, batch, text, cos, sin), slice(text, text + noise)).flatten(0, 1)
-        x = x[rows.text :].view(batch, -1, self.width)[:, :noise].reshape(-1, self.width)
-        alone = Rows(0, noise, noise)
-        h = self._norm(block.reads_mlp, x, block.out(heard, 0), now[2], now[3], now[4], alone)
+        block, now, i = self.blocks[-1], modulation[-1].unbind(1), len(self.blocks) - 1
+        heard = attention.hear(i, block, h, only_noise=True)
+        x, kinds = x[attention.noise].contiguous(), kinds[attention.noise].contiguous()
+        h = self._norm(block.reads_mlp, x, block.out(heard, 0), now[2], now[3], now[4], kinds)
         y = block.mlp(h, 0)
-        h = residual_norm_modulate(x, y, now[5], *out.unsqueeze(1).expand(-1, 3, -1), alone, model.norm_out.norm.eps)
-        return model.proj_out(h).view(batch, noise, -1)
+        shift, scale = (out[:, j : j + 1].expand(-1, 3, -1).reshape(-1, self.width) for j in range(2))
+        h = residual_norm_modulate(x, y, now[5], shift, scale, kinds, model.norm_out.norm.eps)
+        return model.proj_out(h)
 
-    def _norm(self, reads: torch.dtype | None, x, y, gate, shift, scale, rows: Rows) -> torch.Tensor | Quantized:
+    def _norm(self, reads: torch.dtype | None, x, y, gate, shift, scale, kinds: torch.Tensor) -> torch.Tensor | Quantized:
         """`residual_norm_modulate`, for layers that read 8-bit rows straight into those."""
         if reads is None:
-            return residual_norm_modulate(x, y, gate, shift, scale, rows, self.eps)
-        return residual_norm_modulate_quantize(x, y, gate, shift, scale, rows, self.eps, reads)
+            return residual_norm_modulate(x, y, gate, shift, scale, kinds, self.eps)
+        return residual_norm_modulate_quantize(x, y, gate, shift, scale, kinds, self.eps, reads)
 
-    def _qkv(self, block: "_Block", h: torch.Tensor | Quantized, batch: int, text: int, cos, sin) -> torch.Tensor:
-        """(B, S, 3, H, d), text first, queries and keys normed and turned."""
-        length = len(h.values if isinstance(h, Quantized) else h) // batch
-        qkv = _by_row(block.qkv(h, batch * text), batch, text).view(
-            batch, length, 3, self.heads, self.width // self.heads
-        )
-        qk_norm_rope(qkv, text, block.norms, cos, sin, self.qk_eps)
-        return qkv
+    def qkv(self, block: "_Block", h: torch.Tensor | Quantized, text: int) -> torch.Tensor:
+        """(R, 3, H, d), queries and keys not yet normed and turned."""
+        return block.qkv(h, text).view(-1, 3, self.heads, self.width // self.heads)
 
-    def _attend(self, qkv: torch.Tensor, queries: slice | None = None) -> torch.Tensor:
-        """(B, S or queries, D) from (B, S, 3, H, d)."""
-        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
-        q = q if queries is None else q[:, :, queries]
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """(B, R, D) from queries (B, R, H, d), keys and values (B, S, H, d)."""
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if not q.is_cuda:
             heard = F.scaled_dot_product_attention(q, k, v)
         else:
@@ -142,7 +165,7 @@ class FusedTransformer:
             self.attention_backends[key] = _fastest_backend(q, k, v)
         return self.attention_backends[key]
 
-    def _rope(self, shapes, text: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def rope(self, shapes, text: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, float32 (S, d / 2), text first."""
 
         def make():
@@ -151,6 +174,69 @@ class FusedTransformer:
             return both.real.contiguous(), both.imag.contiguous()
 
         return self._ropes.get((shapes, text), make)
+
+    def _layout(self, key: tuple) -> "_Layout":
+        """Of samples of (shapes, B, T)."""
+        kinds, positions, places, noise, runs = ([], []), ([], []), ([], []), [], []
+        begin = image = tables = 0
+        texts = sum(batch * text for _, batch, text in key)
+        for n, (shapes, batch, text) in enumerate(key):
+            tokens = [math.prod(shape) for shape in shapes]
+            length = text + sum(tokens)
+            runs.append((begin, batch, length, text, tokens[0]))
+            for _ in range(batch):
+                kinds[0].append(torch.full((text,), 3 * n))
+                kinds[1].append(torch.full((length - text,), 3 * n + 2).index_fill_(0, torch.arange(tokens[0]), 3 * n + 1))
+                positions[0].append(tables + torch.arange(text))
+                positions[1].append(tables + torch.arange(text, length))
+                places[0].append(begin + torch.arange(text))
+                places[1].append(begin + torch.arange(text, length))
+                noise.append(texts + image + torch.arange(tokens[0]))
+                begin, image = begin + length, image + length - text
+            tables += length
+        rows = [torch.cat(a + b).int().to(self.device) for a, b in (kinds, positions, places)]
+        ropes = [self.rope(shapes, text) for shapes, _, text in key]
+        cos, sin = (torch.cat(t) for t in zip(*ropes, strict=True))
+        return _Layout(texts, *rows, torch.cat(noise).to(self.device), cos, sin, runs)
+
+
+class _Layout(NamedTuple):
+    """Of the rows of a forward, all text before all pictures; in attention each sample's text stands before its picture."""
+
+    text: int
+    kinds: torch.Tensor  # int32 (R,): see `kernels`
+    positions: torch.Tensor  # int32 (R,), into cos and sin
+    places: torch.Tensor  # int32 (R,), the rows' places in attention
+    noise: torch.Tensor  # int64, the rows that are noise
+    cos: torch.Tensor
+    sin: torch.Tensor
+    runs: list[tuple[int, int, int, int, int]]  # in attention: where a sample begins, its batch, length, text, noise
+
+
+class _Joint:
+    """Attention of each sample to itself."""
+
+    def __init__(self, fused: FusedTransformer, layout: _Layout):
+        self._fused, self._layout = fused, layout
+        self.text, self.kinds, self.noise = layout.text, layout.kinds, layout.noise
+        self._alone = len(layout.runs) == 1 and layout.runs[0][1] == 1  # then the rows are in attention's order already
+
+    def hear(self, i: int, block: "_Block", h: torch.Tensor | Quantized, only_noise: bool = False) -> torch.Tensor:
+        """(R, D), or for the noise alone (N, D)."""
+        fused, layout = self._fused, self._layout
+        qkv, places = fused.qkv(block, h, self.text), None
+        joint = qkv
+        if not self._alone:
+            joint = torch.empty_like(qkv)
+            places = Places(*joint.unbind(1), layout.places)
+        qk_norm_rope(qkv, self.kinds, layout.positions, block.norms, layout.cos, layout.sin, fused.qk_eps, places)
+        heard = []
+        for begin, batch, length, text, noise in layout.runs:
+            q, k, v = joint[begin : begin + batch * length].view(batch, length, 3, *joint.shape[2:]).unbind(2)
+            q = q[:, text : text + noise] if only_noise else q
+            heard.append(fused.attend(q, k, v).flatten(0, 1))
+        heard = heard[0] if len(heard) == 1 else torch.cat(heard)
+        return heard if self._alone or only_noise else heard[layout.places]
 
 
 class _Block:
@@ -239,19 +325,6 @@ def _by_two(layers: tuple, x: torch.Tensor | Quantized, text: int, gelu=False, g
             if gelu:
                 y[rows] = F.gelu(y[rows], approximate="tanh")
     return y
-
-
-def _by_row(x: torch.Tensor, batch: int, text: int) -> torch.Tensor:
-    """(B * T + B * N, W), all text before all image, -> (B, T + N, W). A view if B is 1."""
-    if batch == 1:
-        return x.unsqueeze(0)
-    words, image = x.split([batch * text, x.shape[0] - batch * text])
-    return torch.cat([words.view(batch, text, -1), image.view(batch, -1, x.shape[1])], dim=1)
-
-
-def _by_stream(x: torch.Tensor, text: int) -> torch.Tensor:
-    """(B, T + N, W) -> (B * T + B * N, W): the way back. A view if B is 1."""
-    return x[0] if x.shape[0] == 1 else torch.cat([x[:, :text].flatten(0, 1), x[:, text:].flatten(0, 1)])
 
 
 def _merge(parameters: list[nn.Parameter]) -> torch.Tensor:

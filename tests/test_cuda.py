@@ -2,11 +2,13 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 
 import fast_path
 from cached_pipeline import load_pipeline
+from fast_path.transformer import Sample
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 # float32 without TF32, other kernels: rounding.
@@ -156,3 +158,43 @@ def test_half_precision_stays_near(photo):
     fast = steps_of(half, picture, side=256)[2].float()
     errors = [((x - truth).norm() / truth.norm()).item() for x in (plain, fast)]
     assert errors[1] < 1.5 * errors[0], f"plain is off by {errors[0]:.4f}, fast by {errors[1]:.4f}"
+
+
+def test_reused_tokens_recorded_and_replayed_are_those_of_the_cpu(pipe, photo):
+    """The same frames and masks on both: full, changed here and there, new embeddings, full again."""
+    masks = [None, None]
+    for tokens in ([3], [3, 20, 21], range(20), [40], [41], [42]):
+        masks.append(np.isin(np.arange(64), list(tokens)).reshape(8, 8))
+    masks.append(None)
+    found = []
+    for p in (load_pipeline("pocket", dtype=torch.float32), pipe):
+        p.enable_fast_path()
+        cache, latents = p.token_cache(), []
+        embeds, mask = p.encode_prompt("make it a pencil sketch", photo(128, 128))
+        for i, changed in enumerate(masks):
+            if i == 5:
+                embeds = embeds * 1.01
+            references = p.encode_references(photo(128, 128, i), area=128 * 128)
+            cache.begin(changed)
+            run = p.initial_noise(128, 128), references, embeds, mask, p.schedule(2, 128, 128)
+            latents.append(p.denoise(*run, token_cache=cache).cpu())
+        found.append(latents)
+    for i, (cpu, cuda) in enumerate(zip(*found, strict=True)):
+        assert (cpu - cuda).abs().max() < 1e-3, (i, (cpu - cuda).abs().max())
+    assert cache._graphs.recordings >= 4
+    held = torch.cuda.memory_allocated()
+    pipe.release_memory()
+    assert cache.nbytes == 0 and torch.cuda.memory_allocated() < held
+
+
+def test_samples_of_different_kinds_share_a_recorded_forward(pipe, photo):
+    pipe.enable_fast_path()
+    fused, samples = pipe.fused_transformer, []
+    for side, steps, prompt in ((128, 2, "sepia"), (64, 4, "make it a pencil sketch"), (128, 1, "turn it into an oil painting")):
+        schedule, embeds = pipe.schedule(steps, side, side), pipe.encode_prompt(prompt, photo(side, side))[0]
+        references, noise = pipe.encode_references(photo(side, side), area=side * side), pipe.initial_noise(side, side)
+        shapes = ((1, side // 16, side // 16), *references.shapes)
+        samples.append(Sample(noise, references.latents, embeds, shapes, schedule.times[-1], schedule.times))
+    expected = [fused.velocity(*sample) for sample in samples]
+    for _ in range(3):
+        assert max(largest(fused.velocities(samples), expected)) < TOLERANCE

@@ -13,7 +13,7 @@ from diffusers import QwenImageTransformer2DModel
 from cached_pipeline import load_pipeline
 from fast_path.graphs import Graphs
 from fast_path.modulation import Modulations
-from fast_path.transformer import FusedTransformer
+from fast_path.transformer import FusedTransformer, Sample
 
 ROOT = Path(__file__).resolve().parent.parent
 # The same operations in another grouping: float32 rounding, seen up to 4e-6 on velocities of about 4.
@@ -66,6 +66,21 @@ def test_the_fused_transformer_is_the_stock_one(layout, batch, zero_cond_t):
         difference = (fused.velocity(*given, layout, time) - velocity).abs().max().item()
         assert difference < TOLERANCE, difference
     assert (expected[1000.0] - expected[750.0]).abs().max() > 0.01, "the time matters"
+
+
+@pytest.mark.parametrize("zero_cond_t", [False, True], ids=["2509", "2511"])
+def test_samples_of_any_kind_share_a_forward_and_attend_to_themselves_only(zero_cond_t):
+    model = small_model(zero_cond_t=zero_cond_t)
+    kinds = ((1, 11, 1000.0), (2, 5, 750.0), (1, 23, 1000.0), (1, 11, 250.0))  # batch, length of the prompt, time
+    wanted = []
+    for seed, ((batch, text, time), layout) in enumerate(zip(kinds, [*LAYOUTS.values(), LAYOUTS["one reference"]], strict=True)):
+        wanted.append(Sample(*inputs(model, layout, batch, text, seed), layout, time))
+    expected = [stock(model, *s[:3], s.shapes, s.time) for s in wanted]
+    fused = FusedTransformer(model)
+    for chosen in ([0, 1, 2, 3], [3, 0], [1], [2, 2]):
+        found = fused.velocities([wanted[i] for i in chosen])
+        for i, velocity in zip(chosen, found, strict=True):
+            assert velocity.shape == expected[i].shape and (velocity - expected[i]).abs().max() < TOLERANCE
 
 
 def test_the_stock_model_still_runs_on_the_fused_weights_and_nothing_is_held_twice(tmp_path):
@@ -206,23 +221,31 @@ from fast_path import kernels
 
 torch.manual_seed(0)
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.08)):  # an ulp of bfloat16 at 8 is 0.0625
-    x, y, table = (torch.randn(*s).to(dtype) for s in ((15, 100), (15, 100), (3, 6, 100)))
-    for rows in (kernels.Rows(3, 6, 4), kernels.Rows(0, 5, 5), kernels.Rows(1, 14, 2)):
-        for added in (y, None):
-            now, a, b = table.unbind(1), x.clone(), x.clone()
-            expected = kernels.residual_norm_modulate(a, added, now[2], now[3], now[4], rows, 1e-6)
-            got = kernels._residual_norm_modulate_cuda(b, added, now[2], now[3], now[4], rows, 1e-6)
-            assert (got.float() - expected.float()).abs().max() < tolerance, (dtype, rows, added is None)
-            assert (a.float() - b.float()).abs().max() < tolerance
+    x, y, table = (torch.randn(*s).to(dtype) for s in ((15, 100), (15, 100), (6, 6, 100)))
+    kinds = torch.randint(6, (15,), dtype=torch.int32)
+    for added in (y, None):
+        now, a, b = table.unbind(1), x.clone(), x.clone()
+        expected = kernels.residual_norm_modulate(a, added, now[2], now[3], now[4], kinds, 1e-6)
+        got = kernels._residual_norm_modulate_cuda(b, added, now[2], now[3], now[4], kinds, 1e-6)
+        assert (got.float() - expected.float()).abs().max() < tolerance, (dtype, added is None)
+        assert (a.float() - b.float()).abs().max() < tolerance
     for heads in (3, 8, 9):
-        qkv, weights = torch.randn(2, 7, 3, heads, 16).to(dtype), torch.randn(2, 2, 16).to(dtype)
-        cos, sin = torch.randn(7, 8), torch.randn(7, 8)
-        a, b = qkv.clone(), qkv.clone()
-        kernels.qk_norm_rope(a, 3, weights, cos, sin, 1e-6)
-        kernels._qk_norm_rope_cuda(b, 3, weights, cos, sin, 1e-6)
-        assert (a.float() - b.float()).abs().max() < 4 * tolerance, (dtype, heads)
-        assert torch.equal(a[:, :, 2], qkv[:, :, 2]) and torch.equal(b[:, :, 2], qkv[:, :, 2]), "values stay"
-        assert not torch.equal(a[:, :, :2], qkv[:, :, :2])
+        qkv, weights = torch.randn(14, 3, heads, 16).to(dtype), torch.randn(2, 2, 16).to(dtype)
+        cos, sin, kinds = torch.randn(20, 8), torch.randn(20, 8), torch.randint(6, (14,), dtype=torch.int32)
+        rows = weights, cos, sin, 1e-6
+        positions, places = (torch.randperm(20)[:14].int() for _ in range(2))
+        for moved in ("", "kv", "qkv"):
+            found = []
+            for run in (kernels.qk_norm_rope, kernels._qk_norm_rope_cuda):
+                given, to = qkv.clone(), torch.zeros(3, 20, heads, 16, dtype=dtype)
+                where = kernels.Places(to[0] if "q" in moved else None, to[1], to[2], places) if moved else None
+                run(given, kinds, positions, *rows, where)
+                found.append((given, to))
+            for a, b in zip(*found, strict=True):
+                assert (a.float() - b.float()).abs().max() < 4 * tolerance, (dtype, heads, moved)
+            given, to = found[0]
+            assert torch.equal(given[:, 2], qkv[:, 2]) and (not moved or torch.equal(to[2][places], qkv[:, 2]))
+            assert torch.equal(given[:, 0], qkv[:, 0]) == ("q" in moved)
 print("kernels agree")
 """
 

@@ -1,0 +1,170 @@
+"""Token reuse: what is computed, what is kept, when everything is computed again, and what the approximation costs."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from test_fast_transformer import inputs, small_model
+
+from fast_path import TokenCache
+from fast_path.transformer import FusedTransformer, Sample
+from images import EditError
+
+LAYOUT = ((1, 8, 8), (1, 8, 8))
+TIMES = (1000.0, 750.0)
+
+
+@pytest.fixture(scope="module")
+def fused():
+    return FusedTransformer(small_model())
+
+
+def samples(given, layout=LAYOUT, times=TIMES) -> list[Sample]:
+    return [Sample(*given, layout, time, times) for time in times]
+
+
+def frame(cache, wanted, changed=None) -> list[torch.Tensor]:
+    cache.begin(changed)
+    return [cache.velocity(sample, step) for step, sample in enumerate(wanted)]
+
+
+def some(*tokens) -> np.ndarray:
+    changed = np.zeros(64, bool)
+    changed[list(tokens)] = True
+    return changed.reshape(8, 8)
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, ((1, 4, 12), (1, 4, 4)), ((1, 4, 4),) * 3], ids=["one", "smaller", "two"])
+def test_the_first_step_of_a_whole_frame_is_exact_and_later_ones_keep_the_references(fused, layout):
+    wanted = samples(inputs(fused.transformer, layout), layout)
+    exact = [fused.velocity(*sample) for sample in wanted]
+    cache = TokenCache(fused)
+    for _ in range(2):
+        first, later = frame(cache, wanted)
+        assert torch.equal(first, exact[0]) and cache.computed.all()
+        assert not torch.equal(later, exact[1]), "an approximation: the references are those of the first step"
+    rows = sum(np.prod(shape) for shape in layout) + wanted[0].prompt_embeds.shape[1]
+    keys_and_values = 2 * len(fused.blocks) * 2 * rows * fused.width * 4
+    assert cache.nbytes == keys_and_values + 2 * wanted[0].latents.nbytes
+
+
+def test_unchanged_tokens_keep_their_velocity_to_the_bit_and_changed_ones_do_not(fused):
+    latents, conditions, embeds = inputs(fused.transformer, LAYOUT)
+    cache = TokenCache(fused)
+    before = frame(cache, samples((latents, conditions, embeds)))
+    conditions = conditions.clone()
+    conditions[:, [3, 11]] += 2.0
+    after = frame(cache, samples((latents, conditions, embeds)), some(3, 11))
+    computed = cache.computed.reshape(-1)
+    assert computed[[3, 11]].all() and computed.sum() == 4, "rounded up to a sixteenth of all"
+    for old, new in zip(before, after, strict=True):
+        same = (old == new).all(-1)[0].numpy()
+        assert (same == ~computed).all()
+    exact = fused.velocity(*samples((latents, conditions, embeds))[0])[:, [3, 11]]
+    assert (after[0][:, [3, 11]] - exact).norm() < 0.7 * (before[0][:, [3, 11]] - exact).norm()
+
+
+def test_with_nothing_changed_what_is_computed_again_gives_what_was_there(fused):
+    wanted = samples(inputs(fused.transformer, LAYOUT))
+    cache = TokenCache(fused)
+    before = frame(cache, wanted)
+    for _ in range(3):
+        for old, new in zip(before, frame(cache, wanted, some(5)), strict=True):
+            assert (old - new).abs().max() < 1e-4
+
+
+def test_spare_places_go_round_so_that_no_token_gets_old(fused):
+    wanted = samples(inputs(fused.transformer, LAYOUT))
+    cache = TokenCache(fused)
+    frame(cache, wanted)
+    seen = np.zeros((8, 8), bool)
+    for _ in range(22):  # 3 of 4 places are spare: 63 tokens in 21 frames
+        frame(cache, wanted, some(9))
+        assert cache.computed.sum() == 4 and cache.computed[1, 1]
+        seen |= cache.computed
+    assert seen.all()
+
+
+def test_new_embeddings_are_heard_and_the_same_ones_cost_no_rows(fused):
+    latents, conditions, embeds = inputs(fused.transformer, LAYOUT)
+    cache, rows = TokenCache(fused), []
+    run = fused.run
+    fused.run = lambda attention, *rest: rows.append(attention.text) or run(attention, *rest)
+    try:
+        frame(cache, samples((latents, conditions, embeds)))
+        kept = frame(cache, samples((latents, conditions, embeds)), some(1))
+        heard = frame(cache, samples((latents, conditions, embeds + 1)), some(1))
+    finally:
+        del fused.run
+    assert rows == [11, 11, 0, 0, 11, 11]
+    assert (kept[0] - heard[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("change", ["size", "prompt's length", "steps", "references", "unknown", "broken off", "weights"])
+def test_whatever_else_changes_computes_everything(fused, change):
+    wanted = samples(inputs(fused.transformer, LAYOUT))
+    cache = TokenCache(fused)
+    frame(cache, wanted)
+    changed = some(1)
+    if change == "size":
+        layout = ((1, 4, 4), (1, 4, 4))
+        wanted, changed = samples(inputs(fused.transformer, layout), layout), np.zeros((4, 4), bool)
+    elif change == "prompt's length":
+        wanted = samples(inputs(fused.transformer, LAYOUT, text=12))
+    elif change == "steps":
+        wanted = samples(inputs(fused.transformer, LAYOUT), times=(1000.0, 900.0, 500.0))
+    elif change == "references":
+        wanted = samples(inputs(fused.transformer, (*LAYOUT, (1, 8, 8))), (*LAYOUT, (1, 8, 8)))
+    elif change == "unknown":
+        changed = None
+    elif change == "broken off":
+        cache.begin(changed)
+        cache.velocity(wanted[0], 0)
+    else:
+        fused.weights_changed({"transformer_blocks.0.attn.to_k"})
+    exact = fused.velocity(*wanted[0])
+    assert torch.equal(frame(cache, wanted, changed)[0], exact) and cache.computed.all()
+
+
+def test_a_batch_is_refused_and_a_forgotten_cache_frees_its_memory(fused):
+    cache = TokenCache(fused)
+    with pytest.raises(EditError, match="batch of 2"):
+        frame(cache, samples(inputs(fused.transformer, LAYOUT, batch=2)))
+    frame(cache, samples(inputs(fused.transformer, LAYOUT)))
+    assert cache.nbytes > 0
+    cache.clear()
+    assert cache.nbytes == 0
+    del cache
+    gc.collect()
+    assert len(fused.token_caches) == 0
+
+
+def test_the_pocket_model_loses_little_where_a_quarter_of_the_picture_moves(pocket, photo):
+    """A patch that wanders over a photo: the picture with reuse is near the one without, and not the last frame again."""
+
+    def psnr(a, b):
+        return 10 * np.log10(255**2 / np.mean((a.astype(float) - b.astype(float)) ** 2))
+
+    still, patch = photo(256, 256, 1), photo(64, 64, 2)
+    pocket.enable_fast_path()
+    try:
+        cache, before, worst = pocket.token_cache(), None, []
+        for t in range(4):
+            picture = still.copy()
+            picture[96:160, 64 + 8 * t : 128 + 8 * t] = patch
+            changed = np.zeros((16, 16), bool)
+            changed[5:11, 3 + t // 2 : 10 + t // 2] = True
+            embeds = pocket.encode_prompt("make it a pencil sketch", still)
+            references = pocket.encode_references(picture, area=256 * 256)
+            run = pocket.initial_noise(256, 256), references, *embeds, pocket.schedule(2, 256, 256)
+            plain = pocket.decode(pocket.denoise(*run), 256, 256)[0].numpy()
+            cache.begin(changed if t else None)
+            reused = pocket.decode(pocket.denoise(*run, token_cache=cache), 256, 256)[0].numpy()
+            if before is not None:
+                assert cache.computed.mean() < 0.3
+                worst.append((psnr(reused, plain), psnr(before, plain)))
+            before = plain
+    finally:
+        pocket.disable_fast_path()
+    assert all(reused > 30 and reused > last + 3 for reused, last in worst), worst
