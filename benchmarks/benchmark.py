@@ -6,8 +6,9 @@
 
 Weights are the pocket model, `random` (full size, built on the GPU: 62 GB), or a model's folder or id. Subjects:
 `stock` is `QwenImageEditPlusPipeline.__call__` on the same modules, `stock-compiled` the same with regional compile,
-`cache-dit` and `torchao` (compiled too) the same with those packages where they are installed and apply; `plain` is our
-pipeline without accelerations, `fast` with the fast path. A frame goes from uint8 pictures never seen before on the CPU
+`cache-dit` the same with that package where it is installed and applies; `plain` is our pipeline without accelerations,
+`torchao-int8` and `torchao-fp8` the same on torchao's layers, compiled; `fast` is our pipeline with the fast path,
+`fast-int8` and `fast-fp8` with our quantised linear layers in it. A frame goes from uint8 pictures never seen before on the CPU
 to uint8 pictures on the CPU. Subjects that can stand beside each other on one set of modules take turns, frame by frame,
 so that a machine's drift meets them alike; the others follow in phases (see `subjects`), and what a large matrix product
 reaches is measured before each, so that drift between phases shows.
@@ -51,7 +52,18 @@ import torch
 
 from benchmarks import probes
 from benchmarks.instruments import Clock, Memory, ceiling_tflops, denoise_flop, pictures
-from benchmarks.subjects import PHASES, SUBJECTS, Case, LeftOutError, Models, Phase, Subject, as_run, random_pipeline
+from benchmarks.subjects import (
+    PHASES,
+    SUBJECTS,
+    Case,
+    LeftOutError,
+    Models,
+    Phase,
+    Subject,
+    as_run,
+    random_pipeline,
+    random_transformer,
+)
 from benchmarks.tables import ROOT, write_tables
 from cached_pipeline import load_pipeline
 
@@ -79,8 +91,9 @@ SUITES = {
     "tables": [
         {"sizes": [512], "steps": [4], "subjects": list(SUBJECTS)},
         {"sizes": [256, 384, 512, 640, 768, 1024], "steps": [2, 4]},
-        {"sizes": [512], "steps": [28], "cfg": [4.0], "subjects": list(SUBJECTS)},
+        {"sizes": [512], "steps": [28], "cfg": [4.0], "subjects": [n for n in SUBJECTS if not n.startswith("torchao")]},
     ],
+    "quantized": [{"sizes": [256, 512], "vlm": ["cached"], "subjects": [n for n in SUBJECTS if n.startswith(("fast", "torchao"))]}],
     "axes": [
         {"sizes": [512], "areas": [256**2, 512**2, 1024**2]},
         {"sizes": [512], "references": [1, 2, 3]},
@@ -319,9 +332,10 @@ def run(args) -> ResultFile:
     result = ResultFile(args.out, environment(device, args.commit))
     result.data["left_out"] |= left_out
     if args.weights == "random":
-        models = Models(random_pipeline(args.device, dtype))
+        models = Models(random_pipeline(args.device, dtype), lambda: random_transformer(args.device, dtype))
     else:
-        models = Models(load_pipeline(args.weights, device=args.device, dtype=dtype))
+        ours = load_pipeline(args.weights, device=args.device, dtype=dtype)
+        models = Models(ours, lambda: load_pipeline(args.weights, device=args.device, dtype=dtype).transformer)
     result.data["start"] = {"load_s": round(time.perf_counter() - began, 2)}
     result.write()
     for i, (phase, todo) in enumerate(phases):

@@ -3,10 +3,11 @@
 All subjects share one set of modules. What a subject changes about them (compiled blocks, cache hooks, the fast path,
 which takes the modulation weights off the GPU, quantised weights) stands in the way of the others, so subjects
 run in phases: a phase enters, its subjects take turns, and it leaves the modules as they were. Quantised weights cannot
-be put back: that phase is the last.
+be put back: each of those phases makes a transformer of its own in the place of the one before.
 """
 
 import dataclasses
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ def as_run(subject: str, case: Case) -> Case:
 
     Raises LeftOutError if it cannot run it.
     """
-    if subject in ("plain", "fast"):
+    if not subject.startswith(("stock", "cache-dit")):
         return case
     if case.batch > 1:
         raise LeftOutError("stock diffusers refuses batches")
@@ -93,8 +94,9 @@ class Subject:
 class Ours(Subject):
     """Our five steps, one after the other, as the engine calls them. Fast or plain is the pipeline's own state."""
 
-    def __init__(self, pipeline: CachedQwenImageEditPipeline):
+    def __init__(self, pipeline: CachedQwenImageEditPipeline, quantize: str = "none"):
         super().__init__(pipeline)
+        self.quantize = quantize
         self._kept: dict[tuple, tuple] = {}
 
     def edit(self, frames: Frames, case: Case, clock: Clock) -> np.ndarray:
@@ -179,12 +181,11 @@ class CompiledStock(Stock):
         torch.compiler.reset()
 
 
-class QuantizedStock(CompiledStock):
-    """torchao is made to be compiled: eager, its INT8 is many times slower than bf16."""
+class TorchaoPlain(Ours):
+    """Our plain path on torchao's layers, compiled, which they are made for: eager, its INT8 is many times slower than bf16."""
 
-    def __init__(self, pipeline: QwenImageEditPlusPipelineWithMarks, quantize: str):
-        super().__init__(pipeline)
-        self.quantize = quantize
+    def prepare(self, case: Case) -> None:
+        torch.compiler.reset()
 
 
 class CacheDitStock(Stock):
@@ -235,6 +236,7 @@ class Models:
     """One set of modules behind both pipelines, and what the fast path said when it was last put in."""
 
     ours: CachedQwenImageEditPipeline
+    make_transformer: Callable[[], torch.nn.Module]  # the same once more, on the same device
     fast_path: list = field(default_factory=list)
     probe: dict = field(default_factory=dict)  # the plain path's numbers, for `probes`
 
@@ -243,6 +245,16 @@ class Models:
         for pipeline in (self.ours, self.stock):
             pipeline.set_progress_bar_config(disable=True)
         self.ours.caches_enabled = False  # every picture is new: a cache would only cost its hashing
+
+    def renew_transformer(self) -> torch.nn.Module:
+        """A new transformer in the place of the old, which is dropped first: a GPU may not hold both."""
+        for pipeline in (self.ours, self.stock):
+            pipeline.register_modules(transformer=None)
+        gc.collect()
+        transformer = self.make_transformer()
+        for pipeline in (self.ours, self.stock):
+            pipeline.register_modules(transformer=transformer)
+        return transformer
 
     @property
     def blocks(self) -> torch.nn.ModuleList:
@@ -306,27 +318,52 @@ def _fast(models: Models) -> Iterator[dict]:
         models.ours.disable_fast_path()
 
 
-@contextmanager
-def _torchao(models: Models) -> Iterator[dict]:
-    """Dynamic quantisation of the blocks' Linears, without modulation: FP8 by row where the GPU has it, else INT8."""
-    try:
-        from torchao import quantization as ao
-    except ImportError as error:
-        raise LeftOutError(f"torchao is not installed ({error})") from None
-    device = models.blocks[0].attn.to_q.weight.device
-    fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-    config = (
-        ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow())
-        if fp8
-        else ao.Int8DynamicActivationInt8WeightConfig()
-    )
+def _fast_quantized(kind: str) -> Callable[[Models], AbstractContextManager[dict]]:
+    @contextmanager
+    def enter(models: Models) -> Iterator[dict]:
+        transformer = models.renew_transformer()
+        device = next(transformer.parameters()).device
+        try:
+            loading.quantize(transformer, kind, device)
+            gc.collect()
+            models.ours.enable_fast_path()
+            yield {f"fast-{kind}": Ours(models.ours, kind)}
+        finally:
+            models.ours.disable_fast_path()
+            models.renew_transformer()
 
-    def chosen(module: torch.nn.Module, name: str) -> bool:
-        return isinstance(module, torch.nn.Linear) and "_mod" not in name
+    return enter
 
-    ao.quantize_(models.blocks, config, filter_fn=chosen)
-    with _compiled_blocks(models):
-        yield {"torchao": QuantizedStock(models.stock, "fp8" if fp8 else "int8")}
+
+def _torchao(kind: str) -> Callable[[Models], AbstractContextManager[dict]]:
+    """Dynamic quantisation of the blocks' Linears, without modulation."""
+
+    @contextmanager
+    def enter(models: Models) -> Iterator[dict]:
+        try:
+            from torchao import quantization as ao
+        except ImportError as error:
+            raise LeftOutError(f"torchao is not installed ({error})") from None
+        device = models.blocks[0].attn.to_q.weight.device
+        if kind == "int8":
+            config = ao.Int8DynamicActivationInt8WeightConfig()
+        elif device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+            config = ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow())
+        else:
+            raise LeftOutError("FP8 products need a GPU that has them")
+
+        def chosen(module: torch.nn.Module, name: str) -> bool:
+            return isinstance(module, torch.nn.Linear) and "_mod" not in name
+
+        models.renew_transformer()
+        try:
+            ao.quantize_(models.blocks, config, filter_fn=chosen)
+            with _compiled_blocks(models):
+                yield {f"torchao-{kind}": TorchaoPlain(models.ours, kind)}
+        finally:
+            models.renew_transformer()
+
+    return enter
 
 
 PHASES = (
@@ -334,9 +371,28 @@ PHASES = (
     Phase(("fast",), _fast),
     Phase(("stock-compiled",), _compiled),
     Phase(("cache-dit",), _cache_dit),
-    Phase(("torchao",), _torchao),
+    Phase(("fast-fp8",), _fast_quantized("fp8")),
+    Phase(("fast-int8",), _fast_quantized("int8")),
+    Phase(("torchao-fp8",), _torchao("fp8")),
+    Phase(("torchao-int8",), _torchao("int8")),
 )
 SUBJECTS = tuple(name for phase in PHASES for name in phase.subjects)
+
+
+def random_transformer(device: str, dtype: torch.dtype) -> diffusers.QwenImageTransformer2DModel:
+    """The 20 B transformer of Qwen-Image-Edit-2509 with random weights."""
+    with _default_dtype(dtype), torch.device(device):
+        return diffusers.QwenImageTransformer2DModel().eval()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def random_pipeline(device: str, dtype: torch.dtype) -> CachedQwenImageEditPipeline:
@@ -363,22 +419,16 @@ def random_pipeline(device: str, dtype: torch.dtype) -> CachedQwenImageEditPipel
     vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
     ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **{key: getattr(small, key) for key in ids})
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            transformer = diffusers.QwenImageTransformer2DModel()
-            vae = diffusers.AutoencoderKLQwenImage()
-            text_encoder = Qwen2_5_VLForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
+    with _default_dtype(dtype), torch.device(device):
+        vae = diffusers.AutoencoderKLQwenImage()
+        text_encoder = Qwen2_5_VLForConditionalGeneration(config)
     pipeline = CachedQwenImageEditPipeline(
         scheduler=loading.lightning_scheduler(),
         vae=vae.eval(),
         text_encoder=text_encoder.to(dtype).eval(),
         tokenizer=processor.tokenizer,
         processor=processor,
-        transformer=transformer.eval(),
+        transformer=random_transformer(device, dtype),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

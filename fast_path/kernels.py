@@ -157,14 +157,14 @@ if triton is not None:
         which = part % PARTS  # query, key or value
         inner = heads[:, None] * WIDTH + numbers[None, :]
         inside = (heads < HEADS)[:, None] & (numbers < WIDTH)[None, :]
-        value = tl.load(qkv + (row.to(tl.int64) * 3 + which) * HEADS * WIDTH + inner, mask=inside, other=0.0)
+        given = tl.load(qkv + (row.to(tl.int64) * 3 + which) * HEADS * WIDTH + inner, mask=inside, other=0.0)
         to_row = row.to(tl.int64)
         if MOVE:
             to_row = tl.load(places + row).to(tl.int64)
         if which == 2:
-            tl.store(v + to_row * v_stride + inner, value, mask=inside)
+            tl.store(v + to_row * v_stride + inner, given, mask=inside)
         else:
-            value = value.to(tl.float32)
+            value = given.to(tl.float32)
             stream = tl.where(tl.load(kinds + row) % 3 == 0, 2, 0)
             weight = tl.load(weights + (stream + which) * WIDTH + numbers).to(tl.float32)
             value = value * tl.rsqrt(tl.sum(value * value, axis=1) / WIDTH + eps)[:, None] * weight[None, :]
@@ -172,10 +172,10 @@ if triton is not None:
             pairs = tl.load(positions + row) * (WIDTH // 2) + tl.arange(0, WIDTH // 2)
             c, s = tl.load(cos + pairs)[None, :], tl.load(sin + pairs)[None, :]
             turned = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (BLOCK_HEADS, WIDTH))
-            turned = turned.to(qkv.dtype.element_ty)
+            rounded = turned.to(qkv.dtype.element_ty)
             if which == 1:
-                tl.store(k + to_row * k_stride + inner, turned, mask=inside)
+                tl.store(k + to_row * k_stride + inner, rounded, mask=inside)
             elif MOVE_Q:
-                tl.store(q + to_row * q_stride + inner, turned, mask=inside)
+                tl.store(q + to_row * q_stride + inner, rounded, mask=inside)
             else:
-                tl.store(q + row.to(tl.int64) * q_stride + inner, turned, mask=inside)
+                tl.store(q + row.to(tl.int64) * q_stride + inner, rounded, mask=inside)

@@ -17,6 +17,7 @@ from benchmarks.benchmark import MIN_RUNS, SUITES, ResultFile, Trial, main, meas
 from benchmarks.instruments import Clock, Memory, ceiling_tflops, denoise_flop, pictures
 from benchmarks.subjects import NEGATIVE_PROMPT, PROMPT, Case, LeftOutError, Models, Ours, Stock, as_run
 from benchmarks.tables import tables, write_tables
+from cached_pipeline import load_pipeline
 
 ROW_KEYS = set(
     "subject weights width height steps cfg references reference_area batch quantize text_encoder_quantize vlm "
@@ -35,7 +36,7 @@ def small_stock(monkeypatch):
 
 @pytest.fixture
 def models(pocket):
-    yield Models(pocket)
+    yield Models(pocket, lambda: load_pipeline("pocket").transformer)
     pocket.caches_enabled = True
 
 
@@ -83,12 +84,18 @@ def test_guidance_and_batches_are_run_and_stock_says_why_it_is_missing(tmp_path)
 def test_what_is_not_installed_is_left_out_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "cache_dit", None)
-    status, result = run_small(tmp_path, "--subjects", "torchao", "cache-dit", "--steps", "4")
+    status, result = run_small(tmp_path, "--subjects", "torchao-int8", "cache-dit", "--steps", "4")
     assert status == 0 and result["rows"] == []
-    assert result["left_out"]["torchao"].startswith("torchao is not installed")
+    assert result["left_out"]["torchao-int8"].startswith("torchao is not installed")
     assert result["left_out"]["cache-dit"].startswith("cache-dit is not installed")
     with pytest.raises(LeftOutError, match="masks for 4"):
         as_run("cache-dit", Case(64, 64, 2, 1.0, 1, 64 * 64, 1, "fresh"))
+
+
+def test_each_quantised_subject_has_float_weights_to_begin_with_and_leaves_float_weights(tmp_path):
+    status, result = run_small(tmp_path, "--runs", "3", "--subjects", "fast", "fast-int8", "fast-fp8", "--vlm", "cached")
+    assert status == 0, result["left_out"]
+    assert [(r["subject"], r["quantize"]) for r in result["rows"]] == [("fast", "none"), ("fast-fp8", "fp8"), ("fast-int8", "int8")]
 
 
 def test_a_subject_that_fails_costs_the_others_nothing_and_the_program_its_status(tmp_path, monkeypatch):
@@ -223,7 +230,8 @@ def test_suites_ask_for_what_they_promise_and_nothing_twice():
         phases, _ = plan(blocks)
         done = [(subject, as_run(subject, case)) for _, todo in phases for case, names in todo for subject in names]
         assert len(done) == len(set(done)), name
-        assert {subject for subject, _ in done} >= {"stock", "plain", "fast"}, name
+        promised = {"fast", "fast-int8", "fast-fp8", "torchao-fp8"} if name == "quantized" else {"stock", "plain", "fast"}
+        assert {subject for subject, _ in done} >= promised, name
     goals = {(case.width, case.steps, case.vlm) for case, _ in products(SUITES["goals"])}
     assert goals == {
         (w, s, v) for w, s in ((256, 1), (256, 2), (512, 1), (512, 2), (1024, 2)) for v in ("fresh", "cached")

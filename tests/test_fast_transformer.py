@@ -256,3 +256,39 @@ def test_the_triton_kernels_compute_what_their_definitions_say():
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     done = subprocess.run([sys.executable, "-c", KERNELS], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0 and "kernels agree" in done.stdout, done.stderr[-2000:]
+
+
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fast_path import kernels
+
+
+def compiled(kernel, constants, types):
+    names = kernel.arg_names
+    pointers = {"cos": "*fp32", "sin": "*fp32", "places": "*i32", "kinds": "*i32", "positions": "*i32", "eps": "fp32"}
+    integers = {name: "i32" for name in names if name.endswith("stride") or name == "width"}
+    signature = {n: "constexpr" if n in constants else (pointers | integers).get(n, "*" + types) for n in names}
+    source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+
+
+for types in ("bf16", "fp16", "fp32"):
+    for added in (False, True):
+        constants = {"HAS_Y": added, "CLIP": types == "fp16", "BLOCK": 4096}
+        assert compiled(kernels._residual_norm_modulate_kernel, constants, types)
+    for parts, move_q in ((2, False), (3, False), (3, True)):
+        sizes = {"HEADS": 24, "BLOCK_HEADS": 8, "WIDTH": 128}
+        constants = {"PARTS": parts, "MOVE_Q": move_q, "MOVE": parts == 3, **sizes}
+        assert compiled(kernels._qk_norm_rope_kernel, constants, types)
+print("kernels compile")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_triton_kernels_compile_for_a_gpu_that_is_not_here():
+    """The interpreter takes what the compiler refuses, such as a variable that changes its type in a branch."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0 and "kernels compile" in done.stdout, done.stderr[-2000:]
