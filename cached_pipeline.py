@@ -26,7 +26,6 @@ Single-threaded, like the modules it drives; only `cache_summary` may be called 
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -39,26 +38,20 @@ from diffusers.pipelines.qwenimage.pipeline_output import QwenImagePipelineOutpu
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+import denoising
 import fast_path
 import loading
 import vision_language
 from content_cache import ContentCache
+from denoising import References
 from images import EditError, Pictures, download, named, resample
-from sampling import Schedule, euler_step, noise_levels, true_cfg
+from sampling import Schedule, noise_levels
 
 MAX_REFERENCES = 3
 MAX_SIDE = 4096
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent", "uint8")
-
-
-@dataclass(frozen=True)
-class References:
-    """Encoded references of one edit: packed latents (B, N, 4z), one shape (frames, rows, columns) of tokens each."""
-
-    latents: torch.Tensor
-    shapes: tuple[tuple[int, int, int], ...]
 
 
 class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
@@ -276,80 +269,19 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
 
     # Step 4 -----------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def denoise(
-        self,
-        latents: torch.Tensor,
-        references: References,
-        prompt_embeds: torch.Tensor,
-        mask: torch.Tensor | None,
-        schedule: Schedule,
-        *,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        negative_mask: torch.Tensor | None = None,
-        cfg_scale: float = 1.0,
-        on_step: Callable[[int, int], None] | None = None,
-        on_step_end: Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
-        transformer_kwargs: dict[str, Any] | None = None,
-    ) -> torch.Tensor:
-        """Noise (B, N, 4z) to clean packed latents of the same shape and dtype. Nothing in the loop waits for the GPU.
+    # See `denoising`: a picture is started and advanced step by step, alone or with others; `denoise` is all its steps.
+    start = denoising.start
+    advance = denoising.advance
+    denoise = denoising.denoise
 
-        `on_step(i, steps)` is called before step i (from 0); what it raises stops the loop. `on_step_end(i, latents,
-        prompt_embeds)` may replace both. True CFG runs if `cfg_scale` > 1 and a negative prompt is given.
+    def token_cache(self):
+        """A new cache for `denoise`: what did not change since the frame before is not computed again.
+
+        EditError without the fast path, which alone knows how.
         """
-        batch, tokens = latents.shape[:2]
-        prompt_embeds = prompt_embeds.to(latents.dtype)
-        conditions = references.latents.expand(batch, -1, -1)
-        shapes = ((1, schedule.height // self._unit, schedule.width // self._unit), *references.shapes)
-        guided = cfg_scale > 1 and negative_prompt_embeds is not None
-        stochastic = self.scheduler.config.stochastic_sampling
-
-        fused = self._fused_transformer(transformer_kwargs)
-
-        def predict(name: str, i: int, embeds, embeds_mask) -> torch.Tensor:
-            embeds = embeds.expand(batch, -1, -1)
-            embeds_mask = None if embeds_mask is None else embeds_mask.expand(batch, -1)
-            if fused is not None:
-                rows = [(slice(None), embeds)] if embeds_mask is None else vision_language.unpad(embeds, embeds_mask)
-                times = schedule.times
-                return torch.cat(
-                    [fused.velocity(latents[b], conditions[b], e, shapes, times[i], times) for b, e in rows]
-                )
-            with self.transformer.cache_context(name):
-                return self.transformer(
-                    hidden_states=torch.cat([latents, conditions], dim=1),
-                    timestep=schedule.timesteps[i].expand(batch).to(latents.dtype) / 1000,
-                    encoder_hidden_states=embeds,
-                    encoder_hidden_states_mask=embeds_mask,
-                    img_shapes=[list(shapes)] * batch,
-                    return_dict=False,
-                    **(transformer_kwargs or {}),
-                )[0][:, :tokens]
-
-        steps = len(schedule.timesteps)
-        for i in range(steps):
-            if self._interrupt:  # stock's way to stop: set by a callback
-                break
-            if on_step is not None:
-                on_step(i, steps)
-            self._current_timestep = schedule.timesteps[i]
-            velocity = predict("cond", i, prompt_embeds, mask)
-            if guided:
-                negative = predict("uncond", i, negative_prompt_embeds.to(latents.dtype), negative_mask)
-                velocity = true_cfg(velocity, negative, cfg_scale)
-            latents = euler_step(latents, velocity, schedule.sigmas[i], schedule.sigmas[i + 1], stochastic)
-            if on_step_end is not None:
-                latents, prompt_embeds = on_step_end(i, latents, prompt_embeds)
-        self._current_timestep, self._interrupt = None, False
-        return latents
-
-    def _fused_transformer(self, transformer_kwargs: dict[str, Any] | None):
-        """The fused transformer if it is in use and knows these arguments; else the stock one is made ready to run."""
-        fused = self.fused_transformer
-        if fused is not None and any((transformer_kwargs or {}).values()):
-            fused.modulations.onload()
-            return None
-        return fused
+        if self.fused_transformer is None:
+            raise EditError("Tokens can be reused on the fast path only. Turn it on, or reuse off.")
+        return fast_path.TokenCache(self.fused_transformer)
 
     # Step 5 -----------------------------------------------------------------------------------------------------------
 

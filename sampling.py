@@ -15,6 +15,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from images import EditError
 
+CFG_MODES = ("full", "none", "batched", "self_negative", "onetime_negative")
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -87,3 +89,32 @@ def true_cfg(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> to
     length = torch.norm(guided, dim=-1, keepdim=True)
     length = length.clamp_min(torch.finfo(length.dtype).tiny)  # a prediction of zeros stays zeros
     return guided * (torch.norm(positive, dim=-1, keepdim=True) / length)
+
+
+def virtual_velocity(latents: torch.Tensor, clean: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """What a negative prompt would predict if its clean picture were `clean`: StreamDiffusion's residual CFG, no forward.
+
+    The paper (arXiv 2312.12491, "Residual Classifier-Free Guidance") asks which virtual noise e' makes its model predict
+    a known clean latent x0' from x_t = sqrt(a) x0 + sqrt(b) e, and solves that for e': (x_t - sqrt(a) x0') / sqrt(b).
+    It stands where the noise under the negative prompt stood, times a magnitude d: d e' + s (e_positive - d e').
+
+    In flow matching x_t = (1 - sigma) x0 + sigma e, and the model predicts v = e - x0, so x_t = x0 + sigma v: a
+    prediction v says that the clean picture is x_t - sigma v. The virtual velocity that says x0' is
+        v' = (x_t - x0') / sigma
+    (the same from the virtual noise e' = (x_t - (1 - sigma) x0') / sigma, as v' = e' - x0'; at sigma 1 the latents are
+    that noise and nothing is divided by 0). Guidance with v' is guidance of the predicted clean picture, away from x0':
+        x_t - sigma (v' + s (v_positive - v')) = x0' + s (x0_positive - x0').
+    d multiplies v', the model's output, as it multiplies e' in the paper. `true_cfg` gives the sum the length of
+    v_positive, so that d = 0 is no guidance at all and d moves between that and the whole of it. d counts at the first
+    step of onetime-negative too, whose negative is a real one: undamped there it came no nearer to full guidance. As
+    sigma falls v' grows, so more steps want a smaller d (the embedded model at scale 2: 0.5 for 2 steps, 0.2 for 4).
+
+    x0' is the input's latents (self-negative), or what a real negative prediction said at the first step
+    (onetime-negative, see `predicted_clean`). Latents (B, N, C), sigma 0-dim and above 0; float32.
+    """
+    return (latents.float() - clean) / sigma
+
+
+def predicted_clean(latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """The clean latents that a prediction speaks of: x_t - sigma v, float32. `virtual_velocity` turns it back."""
+    return latents.float() - sigma * velocity

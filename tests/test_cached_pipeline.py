@@ -114,6 +114,7 @@ def against_stock(pocket, images, **kwargs):
             latents[type(pipe)] = tensors["latents"]
             return {}
 
+        torch.manual_seed(11)  # what a stochastic scheduler draws from
         return pipe(
             image=images, generator=torch.Generator().manual_seed(7), callback_on_step_end=keep, **settings
         ).images
@@ -155,6 +156,12 @@ def test_same_as_stock_at_a_smaller_area(pocket, photo, small_area, references, 
 def test_same_as_stock_with_the_base_scheduler(pocket, photo, small_area):
     pocket.scheduler = FlowMatchEulerDiscreteScheduler.from_config(BASE_SCHEDULER)
     against_stock(pocket, Image.fromarray(photo(128, 128)), num_inference_steps=4)
+
+
+def test_same_as_stock_with_a_stochastic_scheduler(pocket, photo, small_area):
+    changes = {"stochastic_sampling": True}
+    pocket.scheduler = FlowMatchEulerDiscreteScheduler.from_config(loading.LIGHTNING_SCHEDULER | changes)
+    against_stock(pocket, Image.fromarray(photo(128, 128)), num_inference_steps=3)
 
 
 def test_same_as_stock_on_the_fast_path(pocket, photo, small_area):
