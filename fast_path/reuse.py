@@ -14,6 +14,7 @@ spare places go to the tokens that were computed longest ago: nothing gets old f
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ class TokenCache:
     def clear(self) -> None:
         """Forgets all and frees its memory: the next frame computes everything."""
         self._graphs.clear()
-        self._key = self._embeds = self._changed = self._kept = self._velocities = None
+        self._key = self._times = self._embeds = self._changed = self._kept = self._velocities = None
         self._whole = False  # whether all that is kept is of one frame or another, none of a frame that broke off
         self.computed = np.zeros((0, 0), bool)
 
@@ -65,7 +66,9 @@ class TokenCache:
         if step == 0:
             self._open(sample)
         modulation, out = self._fused.modulations.get(sample.time, sample.times)
-        function = partial(self._step, step, self._with_text, sample.shapes)
+        # Of the memory, not of this object: recordings hold the function, and a circle would keep gigabytes until some
+        # garbage collection.
+        function = partial(_step, self._fused, self._kept, self._velocities, step, self._with_text, sample.shapes)
         inputs = (modulation, out, *sample[:3], self._tokens, self._reference_tokens)
         velocity = self._graphs.run((step, self._with_text), function, *inputs)
         self._whole = step == len(sample.times) - 1
@@ -75,9 +78,10 @@ class TokenCache:
         """Decides which tokens this frame computes."""
         (_, rows, columns), *references = sample.shapes
         count, given = rows * columns, sample.prompt_embeds
-        key = (sample.shapes, given.shape[1], sample.times, given.dtype)
+        key = (sample.shapes, given.shape[1], len(sample.times), given.dtype)
         if key != self._key:
             self._allocate(key, sample)
+        self._whole, self._times = self._whole and self._times == sample.times, sample.times
         changed = self._changed
         fits = changed is not None and changed.shape == (rows, columns) and all(r == sample.shapes[0] for r in references)
         if not (fits and self._whole):
@@ -114,44 +118,67 @@ class TokenCache:
         self._age = np.zeros(sample.latents.shape[1], int)
         self._key = key
 
-    def _step(
-        self, step: int, with_text: bool, shapes, modulation, out, latents, conditions, prompt_embeds, tokens, references
-    ) -> torch.Tensor:
-        """One forward over the rows that are computed: chosen tokens of the noise, at the first step of the references too."""
-        text, noise = prompt_embeds.shape[1], latents.shape[1]
-        kept, beside = self._kept[step], text + noise + references
-        parts = [torch.arange(text, device=tokens.device)] if with_text else []
-        pictures = latents[0].index_select(0, tokens)
-        parts.append(text + tokens)
-        if step == 0:
-            pictures = torch.cat([pictures, conditions[0].index_select(0, references)])
-            parts.append(beside)
-        else:
-            kept.index_copy_(2, beside, self._kept[0].index_select(2, beside))
-        kinds = [torch.full_like(part, kind) for part, kind in zip(parts, (0, 1, 2)[not with_text :], strict=False)]
-        attention = _Kept(self._fused, kept, text if with_text else 0, len(tokens), torch.cat(parts), torch.cat(kinds), shapes, text)
-        words = prompt_embeds[0] if with_text else None
-        found = self._fused.run(attention, words, pictures, modulation, out.unsqueeze(0))
-        self._velocities[step].index_copy_(1, tokens, found.unsqueeze(0))
-        return self._velocities[step].clone()
+
+def _step(
+    fused: FusedTransformer,
+    kept: list[torch.Tensor],
+    velocities: list[torch.Tensor],
+    step: int,
+    with_text: bool,
+    shapes: tuple[tuple[int, int, int], ...],
+    modulation: torch.Tensor,
+    out: torch.Tensor,
+    latents: torch.Tensor,
+    conditions: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    tokens: torch.Tensor,
+    references: torch.Tensor,
+) -> torch.Tensor:
+    """One forward over the rows that are computed: chosen tokens of the noise, at the first step of the references too.
+
+    kept: of each step (L, 2, S, H, d), text first, then noise, then references; velocities (1, N, C) of each step; `tokens`
+    and `references` are int64 places among those of the noise and of all references.
+    """
+    text, noise = prompt_embeds.shape[1], latents.shape[1]
+    beside = text + noise + references
+    parts = [torch.arange(text, device=tokens.device)] if with_text else []
+    pictures = latents[0].index_select(0, tokens)
+    parts.append(text + tokens)
+    if step == 0:
+        pictures = torch.cat([pictures, conditions[0].index_select(0, references)])
+        parts.append(beside)
+    else:
+        kept[step].index_copy_(2, beside, kept[0].index_select(2, beside))
+    kinds = [torch.full_like(part, kind) for part, kind in zip(parts, (0, 1, 2)[not with_text :], strict=False)]
+    rows = _Rows(torch.cat(parts), torch.cat(kinds), text if with_text else 0, len(tokens))
+    attention = _Kept(fused, kept[step], rows, fused.rope(shapes, text))
+    found = fused.run(attention, prompt_embeds[0] if with_text else None, pictures, modulation, out.unsqueeze(0))
+    velocities[step].index_copy_(1, tokens, found.unsqueeze(0))
+    return velocities[step].clone()
+
+
+class _Rows(NamedTuple):
+    """The rows of a forward: places among all tokens, kinds (see `kernels`), and how many are text and noise, in this order."""
+
+    places: torch.Tensor
+    kinds: torch.Tensor
+    text: int
+    noise: int
 
 
 class _Kept:
     """Attention of some rows to all tokens: keys and values of the rows are put among the kept ones and read with them."""
 
-    def __init__(self, fused: FusedTransformer, kept, text: int, noise: int, rows, kinds, shapes, length: int):
-        self._fused, self._kept = fused, kept
-        self.text, self.kinds = text, kinds.int()
-        self.noise = slice(text, text + noise)
-        self._rows = rows.int()  # the rows' places among all tokens
-        self._cos, self._sin = fused.rope(shapes, length)
+    def __init__(self, fused: FusedTransformer, kept: torch.Tensor, rows: _Rows, rope: tuple[torch.Tensor, torch.Tensor]):
+        self._fused, self._kept, self._rope = fused, kept, rope
+        self.text, self.kinds = rows.text, rows.kinds.int()
+        self.noise = slice(rows.text, rows.text + rows.noise)
+        self._places = rows.places.int()
 
     def hear(self, i: int, block, h, only_noise: bool = False) -> torch.Tensor:
         """(R, D), or for the noise alone (N, D)."""
         fused, (k, v) = self._fused, self._kept[i]
-        qkv = fused.qkv(block, h, self.text)
-        qk_norm_rope(
-            qkv, self.kinds, self._rows, block.norms, self._cos, self._sin, fused.qk_eps, Places(None, k, v, self._rows)
-        )
+        qkv, to = fused.qkv(block, h, self.text), Places(None, k, v, self._places)
+        qk_norm_rope(qkv, self.kinds, self._places, block.norms, *self._rope, fused.qk_eps, to)
         q = qkv[self.noise if only_noise else slice(None), 0]
         return fused.attend(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0))[0]

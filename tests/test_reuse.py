@@ -1,6 +1,7 @@
 """Token reuse: what is computed, what is kept, when everything is computed again, and what the approximation costs."""
 
 import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def test_new_embeddings_are_heard_and_the_same_ones_cost_no_rows(fused):
     assert (kept[0] - heard[0]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("change", ["size", "prompt's length", "steps", "references", "unknown", "broken off", "weights"])
+@pytest.mark.parametrize("change", ["size", "prompt's length", "steps", "times", "references", "unknown", "broken off", "weights"])
 def test_whatever_else_changes_computes_everything(fused, change):
     wanted = samples(inputs(fused.transformer, LAYOUT))
     cache = TokenCache(fused)
@@ -114,6 +115,8 @@ def test_whatever_else_changes_computes_everything(fused, change):
         wanted = samples(inputs(fused.transformer, LAYOUT, text=12))
     elif change == "steps":
         wanted = samples(inputs(fused.transformer, LAYOUT), times=(1000.0, 900.0, 500.0))
+    elif change == "times":
+        wanted = samples(inputs(fused.transformer, LAYOUT), times=(900.0, 600.0))
     elif change == "references":
         wanted = samples(inputs(fused.transformer, (*LAYOUT, (1, 8, 8))), (*LAYOUT, (1, 8, 8)))
     elif change == "unknown":
@@ -135,9 +138,14 @@ def test_a_batch_is_refused_and_a_forgotten_cache_frees_its_memory(fused):
     assert cache.nbytes > 0
     cache.clear()
     assert cache.nbytes == 0
-    del cache
-    gc.collect()
-    assert len(fused.token_caches) == 0
+    frame(cache, samples(inputs(fused.transformer, LAYOUT)))
+    held = weakref.ref(cache._kept[0])
+    gc.disable()
+    try:
+        del cache
+        assert held() is None and len(fused.token_caches) == 0, "freed at once, not when garbage is collected"
+    finally:
+        gc.enable()
 
 
 def test_the_pocket_model_loses_little_where_a_quarter_of_the_picture_moves(pocket, photo):
