@@ -7,16 +7,13 @@ through `torch._scaled_mm`, row-wise; bfloat16 results only), "triton" (see `qua
     python fp8_linear.py MODEL OUT         # quantises a diffusers folder's transformer once, file by file
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import quantized_kernels as kernels
 import quantized_linear as shared
 from quantized_kernels import Config, Quantized
-from quantized_linear import QuantizedLinear, Swapped, default_filter, no_rotation
+from quantized_linear import QuantizedLinear
 
 __all__ = ["Fp8Linear", "swap_linears"]
 
@@ -49,18 +46,10 @@ class Fp8Linear(QuantizedLinear):
             kernels.finish(total, x.scales, self.scale, self.bias, out, gelu)
 
 
-def swap_linears(
-    module: nn.Module,
-    filter: Callable[[nn.Linear, str], str | None] = default_filter,
-    group: Callable[[str], int] = no_rotation,
-    device: torch.device | str | None = None,
-) -> Swapped:
-    """`quantized_linear.swap_linears` with Fp8Linear: in place, with a report of what was swapped, skipped and why."""
-    return shared.swap_linears(module, Fp8Linear, filter, group, device)
+swap_linears = shared.swapper(Fp8Linear)
 
 
 if __name__ == "__main__":
     from int8_linear import quantize_main
 
-    # e4m3 has an exponent for outliers: a rotation gained nothing.
-    quantize_main(Fp8Linear, no_rotation, __doc__)
+    quantize_main(Fp8Linear, __doc__)

@@ -13,12 +13,10 @@ than bf16, on other GPUs it may not be), and on the CPU "int_mm" too, which uses
 
 import argparse
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import quantized_kernels as kernels
 import quantized_linear as shared
@@ -45,19 +43,10 @@ class Int8Linear(QuantizedLinear):
         kernels.finish(total, x.scales, self.scale, self.bias, out, gelu)
 
 
-def swap_linears(
-    module: nn.Module,
-    filter: Callable[[nn.Linear, str], str | None] = default_filter,
-    group: Callable[[str], int] = no_rotation,
-    device: torch.device | str | None = None,
-) -> Swapped:
-    """`quantized_linear.swap_linears` with Int8Linear: in place, with a report of what was swapped, skipped and why."""
-    return shared.swap_linears(module, Int8Linear, filter, group, device)
+swap_linears = shared.swapper(Int8Linear)
 
 
-def quantize_main(
-    kind: type[QuantizedLinear], rotation: Callable[[str], int], description: str, arguments=None
-) -> None:
+def quantize_main(kind: type[QuantizedLinear], description: str, arguments=None) -> None:
     """The command line of `int8_linear` and `fp8_linear`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a diffusers folder")
@@ -66,9 +55,9 @@ def quantize_main(
         "--lora", help="fused before; afterwards none can be. As the program takes it: lightning-4, ..."
     )
     parser.add_argument("--lora-weight", type=float, default=1.0)
-    parser.add_argument("--no-rotation", action="store_true", help="leave the layers behind the GELU unrotated")
+    parser.add_argument("--rotate", action="store_true", help="for outliers: rotates the inputs behind the GELU; slower")
     args = parser.parse_args(arguments)
-    rotation = no_rotation if args.no_rotation else rotation
+    rotation = rotate_down_projections if args.rotate else no_rotation
     try:
         if args.lora is None:
             print(shared.quantize_folder(args.model, args.out, kind, rotation))
@@ -92,4 +81,4 @@ def _quantize_with_lora(args: argparse.Namespace, kind: type[QuantizedLinear], r
 
 
 if __name__ == "__main__":
-    quantize_main(Int8Linear, rotate_down_projections, __doc__)
+    quantize_main(Int8Linear, __doc__)

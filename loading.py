@@ -20,16 +20,7 @@ from transformers import Qwen2VLProcessor
 from fp8_linear import Fp8Linear
 from images import EditError
 from int8_linear import Int8Linear
-from quantized_linear import (
-    QuantizedLinear,
-    Swapped,
-    default_filter,
-    is_quantized,
-    load_quantized,
-    no_rotation,
-    rotate_down_projections,
-    swap_linears,
-)
+from quantized_linear import QuantizedLinear, Swapped, is_quantized, load_quantized, swap_linears
 
 POCKET_FOLDER = Path(__file__).resolve().parent / "pocket_model" / "weights"
 
@@ -196,9 +187,7 @@ def quantize(module, kind: str, device: torch.device) -> Swapped:
     """Puts 8-bit linear layers into a transformer or a text encoder, each layer quantised on `device`. EditError."""
     if kind not in QUANTIZATIONS:
         raise EditError(f'The quantisation is "{kind}". Allowed: none, {", ".join(QUANTIZATIONS)}.')
-    # e4m3 has an exponent for outliers; int8 has not.
-    group = rotate_down_projections if kind == "int8" else no_rotation
-    return swap_linears(module, QUANTIZATIONS[kind], default_filter, group, device)
+    return swap_linears(module, QUANTIZATIONS[kind], device=device)
 
 
 def quantization(module) -> str | None:

@@ -36,6 +36,7 @@ except ImportError:  # a CPU build of torch comes without it
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 GROUPS = (0, 16, 256)  # lengths of a rotation's groups; 0 is none
+_TALL = 32  # rows of tiles that go through a weight together
 _TINY = 1e-30  # in place of the largest number of a row of zeros: finite inverse, zeros stay zeros
 _SPLIT_ELEMENTS = 512 * 12288  # outputs that a split product may have: its int32 sums take 25 MB
 
@@ -87,12 +88,24 @@ CANDIDATES = (
     Config(128, 256, 128, 8, 3, "tma"),
     Config(128, 128, 128, 8, 4, "persistent"),
     Config(256, 128, 128, 8, 3, "persistent"),
+    Config(128, 256, 128, 8, 4, "persistent"),
+    Config(128, 128, 128, 4, 3, "tma"),
+    Config(128, 128, 128, 8, 3, "tma"),
     Config(64, 128, 128, 4, 3, "tma"),
     Config(64, 64, 128, 4, 6, "tma"),
     Config(128, 128, 64, 4, 4, "tma"),
     Config(64, 128, 128, 4, 5, "tma", 2),
     Config(128, 128, 128, 8, 4, "tma", 2),
     Config(64, 128, 128, 4, 5, "tma", 4),
+)
+
+
+PAIR_CANDIDATES = (
+    Config(64, 128, 128, 4, 4),
+    Config(64, 128, 128, 4, 3, "tma"),
+    Config(128, 128, 128, 8, 3, "tma"),
+    Config(128, 128, 128, 4, 3, "tma"),
+    Config(128, 256, 128, 8, 4, "persistent"),
 )
 
 
@@ -174,7 +187,7 @@ def multiply(
     eight = x.scales if limits is None else x.norms, x.scales if limits is None else limits, scales
     arguments = (a, b, x.scales, weight.scales, weight.scales if bias is None else bias, values, *eight)
     shared = {
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP": 8, "GELU": gelu,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP": _TALL, "GELU": gelu,
         "HAS_BIAS": bias is not None, "SUM": tl.int32 if x.values.dtype == torch.int8 else tl.float32,
         "EIGHT": limits is not None, "num_warps": config.warps, "num_stages": config.stages,
     }  # fmt: skip
@@ -249,7 +262,7 @@ def _quantize_rows_torch(x, dtype, group, gelu) -> Quantized:
 def _quantize_rows_triton(x, dtype, group, gelu) -> Quantized:
     count, width = x.shape
     assert x.is_contiguous() and (not group or width % group == 0), (x.shape, x.stride(), group)
-    out = _empty(count, width, dtype, x.device)
+    out = empty(count, width, dtype, x.device)
     if group:
         block = triton.next_power_of_2(width)
         _rotate_rows_kernel[(count,)](
@@ -268,17 +281,17 @@ def _quantize_rows_triton(x, dtype, group, gelu) -> Quantized:
 def _norm_quantize_triton(x, y, gate, shift, scale, kinds, eps, dtype) -> Quantized:
     count, width = x.shape
     norms = dtype == torch.float8_e4m3fn
-    out = _empty(count, width, dtype, x.device, norms)
+    out = empty(count, width, dtype, x.device, norms)
     _norm_quantize_kernel[(count,)](
         x, x if y is None else y, *out[:2], out.norms if norms else out.scales, shift if gate is None else gate, shift,
         scale, kinds, 0 if gate is None else gate.stride(0), shift.stride(0), width, eps,
         HAS_Y=y is not None, CLIP=x.dtype == torch.float16, LARGEST=LARGEST[dtype], TINY=_TINY, NORMS=norms,
-        BLOCK=triton.next_power_of_2(width), num_warps=8,
+        BLOCK=triton.next_power_of_2(width), num_warps=4,
     )  # fmt: skip
     return out
 
 
-def _empty(rows: int, width: int, dtype: torch.dtype, device, norms: bool = False) -> Quantized:
+def empty(rows: int, width: int, dtype: torch.dtype, device, norms: bool = False) -> Quantized:
     """Not yet written; the caller's kernel writes the norms too if it asks for them."""
     numbers = torch.empty(2 if norms else 1, rows, dtype=torch.float32, device=device)
     return Quantized(torch.empty(rows, width, dtype=dtype, device=device), *numbers)
@@ -373,7 +386,7 @@ if triton is not None:
             value = tl.load(x + at + part * BLOCK, mask=part * BLOCK + columns < width, other=0.0).to(tl.float32)
             if GELU:
                 value = _gelu(value)
-            kept = kept + (value,)
+            kept = kept + (value,)  # noqa: RUF005 - Triton knows no star
             most = tl.maximum(most, tl.max(tl.abs(value)))
         factor = tl.div_rn(tl.full((), LARGEST, tl.float32), most)
         for part in tl.static_range(PARTS):
@@ -403,12 +416,11 @@ if triton is not None:
         _store_quantized(value, at, inside, values, scales, row, LARGEST, TINY)
 
     @triton.jit
-    def _norm_quantize_kernel(
-        x, y, values, scales, norms, gate, shift, scale, kinds, gate_stride, stride, width, eps,
-        HAS_Y: tl.constexpr, CLIP: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, NORMS: tl.constexpr,
-        BLOCK: tl.constexpr,
+    def residual_norm_modulated(
+        row, x, y, gate, shift, scale, kinds, gate_stride, stride, width, eps,
+        HAS_Y: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        row = tl.program_id(0)
+        """What `fast_path.kernels.residual_norm_modulate` computes, for one row: x is written, the result float32 (BLOCK,)."""
         columns = tl.arange(0, BLOCK)
         inside = columns < width
         at = row.to(tl.int64) * width + columns
@@ -426,12 +438,24 @@ if triton is not None:
         centred = tl.where(inside, value - tl.sum(value) / width, 0.0)
         normed = centred * tl.rsqrt(tl.sum(centred * centred) / width + eps)
         factor = 1.0 + tl.load(scale + modulation, mask=inside, other=0.0).to(tl.float32)
-        moved = normed * factor + tl.load(shift + modulation, mask=inside, other=0.0).to(tl.float32)
-        moved = moved.to(x.dtype.element_ty).to(tl.float32)  # the same bits as in two kernels
-        moved = tl.where(inside, moved, 0.0)
+        return normed * factor + tl.load(shift + modulation, mask=inside, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def _norm_quantize_kernel(
+        x, y, values, scales, norms, gate, shift, scale, kinds, gate_stride, stride, width, eps,
+        HAS_Y: tl.constexpr, CLIP: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, NORMS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0)
+        moved = residual_norm_modulated(
+            row, x, y, gate, shift, scale, kinds, gate_stride, stride, width, eps, HAS_Y, CLIP, BLOCK
+        )
+        moved = moved.to(x.dtype.element_ty).to(tl.float32)  # the same bits as in two kernels; beyond the row zeros
         if NORMS:
             tl.store(norms + row, tl.sqrt(tl.sum(moved * moved)))
-        _store_quantized(moved, at, inside, values, scales, row, LARGEST, TINY)
+        columns = tl.arange(0, BLOCK)
+        at = row.to(tl.int64) * width + columns
+        _store_quantized(moved, at, columns < width, values, scales, row, LARGEST, TINY)
 
     @triton.jit
     def _place(

@@ -118,6 +118,7 @@ def _qk_norm_rope_cuda(qkv, kinds, positions, weights, cos, sin, eps, places):
 
 
 if triton is not None:
+    from quantized_kernels import residual_norm_modulated
 
     @triton.jit
     def _residual_norm_modulate_kernel(
@@ -125,24 +126,11 @@ if triton is not None:
         HAS_Y: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0)
+        moved = residual_norm_modulated(
+            row, x, y, gate, shift, scale, kinds, gate_stride, stride, width, eps, HAS_Y, CLIP, BLOCK
+        )
         columns = tl.arange(0, BLOCK)
-        inside = columns < width
-        at = row.to(tl.int64) * width + columns
-        kind = tl.load(kinds + row)
-        modulation = kind * stride + columns
-        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        if HAS_Y:
-            added = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-            value += tl.load(gate + kind * gate_stride + columns, mask=inside, other=0.0).to(tl.float32) * added
-            if CLIP:
-                value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
-            rounded = value.to(x.dtype.element_ty)
-            tl.store(x + at, rounded, mask=inside)
-            value = rounded.to(tl.float32)  # the norm sees what the next block will read
-        centred = tl.where(inside, value - tl.sum(value) / width, 0.0)
-        normed = centred * tl.rsqrt(tl.sum(centred * centred) / width + eps)
-        factor = 1.0 + tl.load(scale + modulation, mask=inside, other=0.0).to(tl.float32)
-        moved = normed * factor + tl.load(shift + modulation, mask=inside, other=0.0).to(tl.float32)
+        at, inside = row.to(tl.int64) * width + columns, columns < width
         tl.store(out + at, moved.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit

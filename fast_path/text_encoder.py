@@ -11,7 +11,8 @@ residual stream is added to in place, and a rotation is three kernels. The weigh
 multiplied at once they have to lie side by side: their storage is laid out anew and each Parameter becomes a view of
 its part, so memory does not grow and the modules' own forward still runs, on the same numbers.
 
-There is no vocabulary head, no key/value cache and no batch: one picture and one prompt at a time.
+There is no vocabulary head, no key/value cache and no batch: one picture and one prompt at a time. Layers may be 8-bit
+ones (`quantized_linear`); those of one input become one as the others do.
 """
 
 import math
@@ -27,6 +28,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from fast_path.graphs import Graphs
 from fast_path.unsupported import UnsupportedError
+from quantized_linear import QuantizedLinear
 
 Grid = tuple[int, int]  # (rows, columns) of patches
 
@@ -54,11 +56,11 @@ class _Block(NamedTuple):
     """One block of either tower."""
 
     norm1: _Norm
-    qkv: _Linear
-    out: _Linear
+    qkv: _Linear | QuantizedLinear
+    out: _Linear | QuantizedLinear
     norm2: _Norm
-    gate_up: _Linear
-    down: _Linear
+    gate_up: _Linear | QuantizedLinear
+    down: _Linear | QuantizedLinear
     activation: Callable
     heads: int
     kv_heads: int
@@ -99,6 +101,8 @@ class FusedTextEncoder:
             self._head, self._words = text_encoder.lm_head, language_model.embed_tokens
             vision = [_vision_parts(block) for block in visual.blocks]
             text = [_text_parts(layer) for layer in language_model.layers]
+            for _, qkv, _, _, gate_up, *_ in (*vision, *text):
+                _check_alike(qkv), _check_alike(gate_up)
         except AttributeError as error:  # another transformers than those this was written for
             raise UnsupportedError(f"this Qwen2.5-VL is built otherwise: {error}") from error
         self._vision_blocks = [_block(*parts) for parts in vision]
@@ -217,7 +221,7 @@ def _attend_(
     skip: int = 0,
 ) -> None:
     """The first half of a block, added to `x` (n, D), to its rows behind `skip` only. `windows` as in `_Layout`."""
-    qkv = F.linear(_normalise(x, block.norm1), *block.qkv)
+    qkv = _multiply(_normalise(x, block.norm1), block.qkv)
     qkv = qkv.view(len(x), block.heads + 2 * block.kv_heads, -1)
     _rotate_(qkv[:, : block.heads + block.kv_heads], cos, sin)
     parts, start = [], 0
@@ -235,16 +239,20 @@ def _attend_(
 
 def _feed_forward_(x: torch.Tensor, block: _Block) -> None:
     """The second half of a block, added to `x` (n, D)."""
-    gate, up = F.linear(_normalise(x, block.norm2), *block.gate_up).chunk(2, dim=-1)
+    gate, up = _multiply(_normalise(x, block.norm2), block.gate_up).chunk(2, dim=-1)
     _add_linear_(x, block.activation(gate).mul_(up), block.down)
 
 
-def _add_linear_(x: torch.Tensor, values: torch.Tensor, linear: _Linear) -> None:
+def _multiply(x: torch.Tensor, linear: _Linear | QuantizedLinear) -> torch.Tensor:
+    return linear(x) if isinstance(linear, QuantizedLinear) else F.linear(x, *linear)
+
+
+def _add_linear_(x: torch.Tensor, values: torch.Tensor, linear: _Linear | QuantizedLinear) -> None:
     """x += linear(values)"""
-    if linear.bias is None:
+    if isinstance(linear, _Linear) and linear.bias is None:
         x.addmm_(values, linear.weight.t())  # one kernel
     else:
-        x.add_(F.linear(values, *linear))
+        x.add_(_multiply(values, linear))
 
 
 def _normalise(x: torch.Tensor, norm: _Norm) -> torch.Tensor:
@@ -277,13 +285,17 @@ def _check(text_encoder: nn.Module) -> None:
         home = type(module).__module__
         if hasattr(module, "_hf_hook"):
             raise UnsupportedError("the text encoder is offloaded: its weights come and go")
-        if home not in _KNOWN_HOMES and not home.startswith("torch.nn.modules."):
+        known = home in _KNOWN_HOMES or home.startswith("torch.nn.modules.") or isinstance(module, QuantizedLinear)
+        if not known:
             raise UnsupportedError(f"{name} is a {type(module).__name__}, which is not known here")
         if "forward" in vars(module):
             raise UnsupportedError(
                 f"the forward of {name or 'the text encoder'} has been replaced, perhaps to offload it"
             )
-        for parameter in module.parameters(recurse=False):
+        for parameter in [] if module is text_encoder.lm_head else module.parameters(recurse=False):
+            if isinstance(module, QuantizedLinear) and parameter is not module.bias:
+                kinds.add((str(parameter.device), str(module.dtype)))
+                continue
             if type(parameter) is not nn.Parameter or parameter.dtype not in _DTYPES or parameter.is_meta:
                 raise UnsupportedError(
                     f"a weight of {name} is no plain one: {type(parameter).__name__}, {parameter.dtype}"
@@ -291,6 +303,12 @@ def _check(text_encoder: nn.Module) -> None:
             kinds.add((str(parameter.device), str(parameter.dtype)))
     if len(kinds) != 1:
         raise UnsupportedError(f"the weights are not all of one kind: {sorted(kinds)}")
+
+
+def _check_alike(linears: list) -> None:
+    """Raises UnsupportedError if layers of one input cannot be one layer."""
+    if len({linear.reads if isinstance(linear, QuantizedLinear) else None for linear in linears}) > 1:
+        raise UnsupportedError(f"layers of one input are quantised in different ways: {linears}")
 
 
 def _vision_parts(block: nn.Module) -> tuple:
@@ -328,8 +346,13 @@ def _norm(norm: nn.Module) -> _Norm:
     return _Norm(norm.weight.data, norm.variance_epsilon)
 
 
-def _stack(linears: list[nn.Linear], multiple: int = 1) -> _Linear:
-    """Linears of the same input as one, outputs side by side, each filled up with zeros to a multiple of `multiple`."""
+def _stack(linears: list[nn.Linear], multiple: int = 1) -> _Linear | QuantizedLinear:
+    """Linears of the same input as one, outputs side by side, each filled up with zeros to a multiple of `multiple`.
+
+    8-bit ones have such numbers of outputs as they are.
+    """
+    if isinstance(linears[0], QuantizedLinear):
+        return linears[0] if len(linears) == 1 else QuantizedLinear.merged(linears)
     starts = [0, *accumulate(_round_up(linear.out_features, multiple) for linear in linears)]
     places = [slice(start, start + linear.out_features) for start, linear in zip(starts, linears)]
     weight = _share([linear.weight for linear in linears], (starts[-1], linears[0].in_features), places)
@@ -338,8 +361,10 @@ def _stack(linears: list[nn.Linear], multiple: int = 1) -> _Linear:
     return _Linear(weight, _share([linear.bias for linear in linears], (starts[-1],), places))
 
 
-def _widen(linear: nn.Linear, multiple: int) -> _Linear:
+def _widen(linear: nn.Linear, multiple: int) -> _Linear | QuantizedLinear:
     """A Linear whose inputs are filled up to a multiple of `multiple`; the weights there are zeros."""
+    if isinstance(linear, QuantizedLinear):
+        return linear
     shape = (linear.out_features, _round_up(linear.in_features, multiple))
     weight = _share([linear.weight], shape, [(slice(None), slice(linear.in_features))])
     return _Linear(weight, None if linear.bias is None else linear.bias.data)

@@ -35,7 +35,7 @@ from fast_path.kernels import Places, qk_norm_rope, residual_norm_modulate
 from fast_path.modulation import Modulations
 from fast_path.unsupported import UnsupportedError
 from quantized_kernels import Quantized, residual_norm_modulate_quantize
-from quantized_linear import QuantizedLinear
+from quantized_linear import QuantizedLinear, QuantizedPair
 
 
 class Sample(NamedTuple):
@@ -244,15 +244,15 @@ class _Block:
 
     def __init__(self, block):
         attention = block.attn
-        self._qkv = (
-            _merged([attention.add_q_proj, attention.add_k_proj, attention.add_v_proj]),
-            _merged([attention.to_q, attention.to_k, attention.to_v]),
+        self._qkv = _pair(
+            [attention.add_q_proj, attention.add_k_proj, attention.add_v_proj],
+            [attention.to_q, attention.to_k, attention.to_v],
         )
         norms = (attention.norm_q, attention.norm_k, attention.norm_added_q, attention.norm_added_k)
         self.norms = torch.stack([norm.weight.data for norm in norms]).view(2, 2, -1)  # [image or text][q or k]
-        self._out = (attention.to_add_out, attention.to_out[0])
-        self._up = (block.txt_mlp.net[0].proj, block.img_mlp.net[0].proj)
-        self._down = (block.txt_mlp.net[2], block.img_mlp.net[2])
+        self._out = _pair([attention.to_add_out], [attention.to_out[0]])
+        self._up = _pair([block.txt_mlp.net[0].proj], [block.img_mlp.net[0].proj])
+        self._down = _pair([block.txt_mlp.net[2]], [block.img_mlp.net[2]])
         self.reads_qkv, self.reads_mlp = _reads(self._qkv), _reads(self._up)
 
     def qkv(self, h: torch.Tensor, text: int) -> torch.Tensor:
@@ -261,7 +261,7 @@ class _Block:
 
     def check(self) -> None:
         """RuntimeError if a layer's weight no longer is the part of the merged one that it was."""
-        for merged in self._qkv:
+        for merged in self._qkv if isinstance(self._qkv, tuple) else ():
             if isinstance(merged, _Merged):
                 merged.check()
 
@@ -271,6 +271,8 @@ class _Block:
 
     def mlp(self, h: torch.Tensor, text: int) -> torch.Tensor:
         """(R, D) -> (R, D). Where the rows between are quantised, the GELU is part of that and costs nothing."""
+        if isinstance(self._up, QuantizedPair) and isinstance(self._down, QuantizedPair):
+            return self._down(self._up.then(self._down, h, text), text)
         late = _alike(self._down)
         return _by_two(self._down, _by_two(self._up, h, text, gelu=not late), text, gelu_before=late)
 
@@ -291,22 +293,37 @@ class _Merged:
             )
 
 
+def _pair(text: list, image: list) -> QuantizedPair | tuple:
+    """The text's layers and the image's, each side by side: one product for both, or one each."""
+    if QuantizedPair.possible(text, image):
+        return QuantizedPair(text, image)
+    return tuple(_merged(layers) if len(layers) > 1 else layers[0] for layers in (text, image))
+
+
 def _merged(layers: list) -> "_Merged | QuantizedLinear":
     return QuantizedLinear.merged(layers) if isinstance(layers[0], QuantizedLinear) else _Merged(layers)
 
 
-def _alike(layers: tuple) -> bool:
+def _alike(layers: QuantizedPair | tuple) -> bool:
     """Whether one quantisation of rows serves both layers."""
+    if isinstance(layers, QuantizedPair):
+        return True
     return all(isinstance(layer, QuantizedLinear) for layer in layers) and layers[0].reads == layers[1].reads
 
 
-def _reads(layers: tuple) -> torch.dtype | None:
+def _reads(layers: QuantizedPair | tuple) -> torch.dtype | None:
     """The 8-bit dtype that the norm before may write for both layers, or None."""
+    if isinstance(layers, QuantizedPair):
+        return layers.norm_writes
     return layers[0].eight_bit if _alike(layers) and not layers[0].group else None
 
 
-def _by_two(layers: tuple, x: torch.Tensor | Quantized, text: int, gelu=False, gelu_before=False) -> torch.Tensor:
+def _by_two(
+    layers: QuantizedPair | tuple, x: torch.Tensor | Quantized, text: int, gelu=False, gelu_before=False
+) -> torch.Tensor:
     """The first layer on the first `text` rows, the second on the others, into one tensor."""
+    if isinstance(layers, QuantizedPair):
+        return layers(layers.quantize(x, gelu_before) if gelu_before else x, text, gelu)
     if not isinstance(x, Quantized) and _alike(layers):
         x = layers[0].quantize(x, gelu_before)
     quantized = isinstance(x, Quantized)

@@ -69,6 +69,36 @@ def test_scales_bias_and_gelu_follow_the_sums(config, gelu, with_bias):
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("config", FORMS, ids=str)
+@pytest.mark.parametrize("rows, first", [(40, 0), (40, 17), (33, 32), (20, 20)])
+def test_one_launch_multiplies_the_first_rows_by_one_weight_and_the_others_by_another(config, rows, first):
+    x, weight = Quantized(int8(rows, 64), torch.ones(rows)), Quantized(int8(96, 64, seed=1), torch.rand(96))
+    bias = torch.randn(96)
+    got = kernels.multiply(x, weight, bias, torch.full((rows, 48), float("nan")), config, first=first)
+    for part, outputs in ((slice(0, first), slice(0, 48)), (slice(first, None), slice(48, None))):
+        total = x.values[part].int() @ weight.values[outputs].int().t()
+        expected = total.float() * weight.scales[outputs] + bias[outputs]
+        assert torch.allclose(got[part], expected, rtol=1e-6, atol=1e-3)
+
+
+@pytest.mark.parametrize("config", FORMS[:3], ids=str)
+def test_a_result_scaled_by_its_bound_needs_no_second_look_and_never_saturates(config):
+    """The second row is a multiple of the longest weight: its sum is as large as the bound allows.
+
+    Written in float32: the interpreter loses the carry where rounding to e4m3 reaches the next power of two.
+    """
+    x, weight = Quantized(int8(21, 64), torch.rand(21) * 0.01), Quantized(int8(96, 64, seed=1), torch.rand(96) * 0.01)
+    x.values[1], x.scales[1], weight.scales[3], bias = weight.values[3], 0.01, 0.02, 0.01 * torch.randn(96)
+    x = x._replace(norms=x.dequantized().norm(dim=1))
+    whole = weight.dequantized().norm(dim=1)
+    limits = torch.stack([torch.stack([whole[p].max(), bias[p].abs().max()]) for p in (slice(0, 48), slice(48, None))])
+    out = Quantized(torch.empty(21, 48), torch.full((21,), float("nan")))
+    kernels.multiply(x, weight, bias, out, config, True, 6, limits)
+    expected = kernels.multiply(x, weight, bias, torch.empty(21, 48), config, True, 6)
+    assert 400 < out.values[1].max() < 448 and out.values.abs().max() < 448
+    assert (out.dequantized() - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [16, 48, 256, 512, 768])
 @pytest.mark.parametrize("group", [0, 16, 256])

@@ -10,7 +10,6 @@ import quantized_linear as shared
 from fp8_linear import Fp8Linear
 from int8_linear import Int8Linear, quantize_main
 from quantized_kernels import quantize_rows
-from quantized_linear import no_rotation
 
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
@@ -70,7 +69,7 @@ def test_the_command_writes_a_folder_that_says_it_is_fp8(tmp_path):
     source = tmp_path / "model"
     QwenImageTransformer2DModel(**sizes, axes_dims_rope=(8, 12, 12)).save_pretrained(source / "transformer")
     (source / "model_index.json").write_text("{}")
-    quantize_main(Fp8Linear, no_rotation, "", [str(source), str(tmp_path / "out")])
+    quantize_main(Fp8Linear, "", [str(source), str(tmp_path / "out")])
     assert shared.is_quantized(tmp_path / "out") == "fp8"
     loaded = shared.load_quantized(tmp_path / "out", [Fp8Linear], dtype=torch.float32)
     layers = [m for m in loaded.modules() if isinstance(m, Fp8Linear)]

@@ -23,6 +23,7 @@ from images import fit
 from int8_linear import Int8Linear, rotate_down_projections, swap_linears
 from pocket_model.edits import EDITS, split
 from pocket_model.evaluate import edit_picture, psnr, tensor
+from quantized_kernels import Quantized
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "pocket_model" / "weights"
@@ -200,6 +201,39 @@ def test_merged_layers_are_their_layers_and_share_their_memory(kind):
         shared.QuantizedLinear.merged([parts[0], kind.from_float(linear(), 256)])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pair_is_its_layers_on_their_rows_and_shares_their_memory(kind):
+    text, image = ([kind.from_float(linear(outputs=n, seed=seed + n)) for n in (96, 160)] for seed in (0, 1))
+    x = rows_of(9, 512)
+    expected = torch.cat([torch.cat([m(x[rows]) for m in part], 1) for part, rows in ((text, slice(4)), (image, slice(4, 9)))])
+    pair = shared.QuantizedPair(text, image)
+    for first, rows in ((4, slice(9)), (0, slice(4, 9))):
+        assert torch.equal(pair(x[rows], first), expected[rows])
+    assert torch.equal(torch.cat([m(x[4:]) for m in image], 1), expected[4:]), "the layers still run"
+    memory = {m.weight.untyped_storage().data_ptr() for m in (*text, *image, pair.whole, *pair.parts)}
+    assert len(memory) == 1
+    assert pair.choice(9, 4, torch.float32).backend == "apart"
+    reader = shared.QuantizedPair([kind.from_float(linear(256, 64))], [kind.from_float(linear(256, 64, seed=1))])
+    hidden = F.gelu(expected, approximate="tanh")
+    assert sqnr_db(pair.then(reader, x, 4).dequantized(), hidden) > 27
+
+
+def test_what_cannot_be_a_pair():
+    layers = [Int8Linear.from_float(linear()), Fp8Linear.from_float(linear()), Int8Linear.from_float(linear(), 256)]
+    others = [linear(), layers[1], layers[2], Int8Linear.from_float(linear(outputs=128))]
+    assert shared.QuantizedPair.possible([layers[0]], [Int8Linear.from_float(linear())])
+    assert not any(shared.QuantizedPair.possible([layers[0]], [other]) for other in others)
+
+
+def test_limits_bound_every_sum_of_a_pair():
+    pair = shared.QuantizedPair(*([Fp8Linear.from_float(linear(seed=seed))] for seed in range(2)))
+    x = pair.quantize(rows_of(40, 512)).dequantized()
+    for part, (norm, bias) in zip(pair.parts, pair.limits, strict=True):
+        weight = Quantized(part.weight.data, part.scale.data).dequantized()
+        assert torch.allclose(norm, weight.norm(dim=1).max(), rtol=1e-4) and bias == part.bias.abs().max()
+        assert (x @ weight.t() + part.bias).abs().max() < (x.norm(dim=1) * norm + bias).max()
+
+
 # --- a model --------------------------------------------------------------------------------------------------------
 
 
@@ -287,7 +321,7 @@ def test_a_folder_is_quantised_once_file_by_file_as_in_memory(tmp_path):
     (source / "vae" / "config.json").write_text("{}")
     (source / "model_index.json").write_text("{}")
     assert len(list((source / "transformer").glob("*.safetensors"))) > 1
-    int8_linear.quantize_main(Int8Linear, rotate_down_projections, "", [str(source), str(tmp_path / "out")])
+    int8_linear.quantize_main(Int8Linear, "", [str(source), str(tmp_path / "out"), "--rotate"])
     expected = small_model()
     swap_linears(expected, group=rotate_down_projections)
     loaded = shared.load_quantized(tmp_path / "out", KINDS, dtype=torch.float32)
@@ -298,7 +332,7 @@ def test_a_folder_is_quantised_once_file_by_file_as_in_memory(tmp_path):
         QwenImageTransformer2DModel.from_pretrained(tmp_path / "out" / "transformer")
     for arguments in ([source, tmp_path / "out"], [tmp_path / "out", tmp_path / "new"], [tmp_path, tmp_path / "new"]):
         with pytest.raises(SystemExit):
-            int8_linear.quantize_main(Int8Linear, rotate_down_projections, "", [*map(str, arguments)])
+            int8_linear.quantize_main(Int8Linear, "", [*map(str, arguments)])
 
 
 def test_files_that_do_not_fit_their_note_are_refused(tmp_path):
@@ -334,7 +368,7 @@ def test_the_pocket_models_pictures_stay_the_same(kind):
         return [edit_picture(pipeline, [source], split(edit)[1][0], 256, 2) for edit in edits]
 
     before = pictures()
-    shared.swap_linears(pipeline.transformer, kind, group=rotate_down_projections)
+    shared.swap_linears(pipeline.transformer, kind)
     after = pictures()
     values = [psnr(a, b) for a, b in zip(after, before, strict=True)]
     assert min(values) > 35, values
@@ -344,10 +378,12 @@ def test_the_pocket_models_pictures_stay_the_same(kind):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_the_triton_kernels_compute_what_their_definitions_say():
+@pytest.mark.parametrize("how", ["interpreted", "compiled"])
+def test_the_triton_kernels_compute_what_their_definitions_say_and_compile_without_a_gpu(how):
     """In Triton's interpreter, which has to be asked for before Triton is imported: in a process of its own."""
-    file = Path(__file__).with_name("interpreted_quantized_kernels.py")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    file = Path(__file__).with_name(f"{how}_quantized_kernels.py")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    environment |= {"TRITON_INTERPRET": "1"} if how == "interpreted" else {}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]

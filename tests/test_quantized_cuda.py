@@ -28,6 +28,18 @@ def sqnr_db(got: torch.Tensor, exact: torch.Tensor) -> float:
     return float(10 * torch.log10(exact.double().square().sum() / (got.double() - exact.double()).square().sum()))
 
 
+def whole_numbers(config: kernels.Config, *shapes: tuple[int, int]) -> tuple[list[torch.Tensor], torch.dtype]:
+    """int8 matrices, and a dtype that holds all sums of their products exactly.
+
+    Shared memory has no room for the largest tiles' float32 results: theirs are bfloat16, of few ones and many zeros.
+    """
+    needed = config.stages * (config.block_m + config.block_n) * config.block_k + config.block_m * config.block_n * 4
+    if config.form != "persistent" or needed < 2**17 + 2**16:
+        return [torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda") for shape in shapes], torch.float32
+    some = [torch.randint(-1, 2, s, device="cuda") * (torch.rand(s, device="cuda") < 0.3) for s in shapes]
+    return [t.to(torch.int8) for t in some], torch.bfloat16
+
+
 def usable(config: kernels.Config, rows: int, outputs: int, inputs: int) -> bool:
     device = torch.device("cuda")
     fits = kernels.fits(config, shared.row_bucket(rows), outputs, inputs, torch.int8)
@@ -39,14 +51,61 @@ def usable(config: kernels.Config, rows: int, outputs: int, inputs: int) -> bool
 def test_integer_sums_are_exact(config, rows, inputs, outputs):
     if not usable(config, rows, outputs, inputs):
         pytest.skip("not for this shape or this GPU")
-    a = torch.randint(-127, 128, (rows, inputs), dtype=torch.int8, device="cuda")
-    b = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device="cuda")
+    (a, b), dtype = whole_numbers(config, (rows, inputs), (outputs, inputs))
     exact = torch._int_mm(F.pad(a, (0, 0, 0, max(0, 17 - rows))), b.t())[:rows]
     ones = torch.ones(max(rows, outputs), device="cuda")
-    out = torch.full((rows, outputs), float("nan"), device="cuda")
+    out = torch.full((rows, outputs), float("nan"), device="cuda", dtype=dtype)
     for _ in range(2):  # a split product has to find its memory as the last one left it
         kernels.multiply(Quantized(a, ones[:rows]), Quantized(b, ones[:outputs]), None, out, config)
-        assert torch.equal(out, exact.float())
+        assert torch.equal(out.float(), exact.float())
+
+
+@pytest.mark.parametrize("rows, first, inputs, outputs", [(732, 220, 3072, 768), (300, 1, 12288, 272), (65, 64, 80, 96)])
+@pytest.mark.parametrize("config", dict.fromkeys((*kernels.CANDIDATES, *kernels.PAIR_CANDIDATES)), ids=str)
+def test_two_weights_in_one_launch_are_exact(config, rows, first, inputs, outputs):
+    if not usable(config, rows, outputs, inputs):
+        pytest.skip("not for this shape or this GPU")
+    (a, b), dtype = whole_numbers(config, (rows, inputs), (2 * outputs, inputs))
+    both = torch._int_mm(F.pad(a, (0, 0, 0, max(0, 17 - rows))), b.t())[:rows].float()
+    exact = torch.cat([both[:first, :outputs], both[first:, outputs:]])
+    ones = torch.ones(max(rows, 2 * outputs), device="cuda")
+    x, weight = Quantized(a, ones[:rows]), Quantized(b, ones[: 2 * outputs])
+    out = torch.full((rows, outputs), float("nan"), device="cuda", dtype=dtype)
+    assert torch.equal(kernels.multiply(x, weight, None, out, config, first=first).float(), exact)
+
+
+def pair_of(kind, inputs=3072, outputs=768) -> shared.QuantizedPair:
+    return shared.QuantizedPair(*([kind.from_float(linear(inputs, outputs))] for _ in range(2)))
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Fp8Linear])
+def test_a_pair_is_its_two_layers_and_says_how_it_runs(kind, monkeypatch):
+    monkeypatch.setattr(shared, "_measured", {})
+    pair, x = pair_of(kind), torch.randn(300, 3072, device="cuda", dtype=torch.bfloat16)
+    rows = pair.quantize(x)
+    expected = torch.cat([pair.parts[0](rows.part(slice(0, 70))), pair.parts[1](rows.part(slice(70, None)))])
+    together = pair._multiply(rows, 70, torch.empty_like(expected), pair.choice(300, 70, x.dtype).config, False)
+    for got in (pair(x, 70), together):
+        assert sqnr_db(got, expected) > 50, "bfloat16 once"
+    assert pair.choice(300, 70, x.dtype).reason.startswith("measured here: together")
+    monkeypatch.setattr(kind, "forced", "triton")
+    assert pair.choice(300, 70, x.dtype).backend == "apart"
+
+
+@pytest.mark.parametrize("outliers", [False, True])
+def test_e4m3_rows_leave_a_product_quantised_nearly_as_well_as_on_their_own(outliers):
+    up, down = pair_of(Fp8Linear, 3072, 1024), pair_of(Fp8Linear, 1024, 256)
+    x = torch.randn(300, 3072, device="cuda", dtype=torch.bfloat16)
+    if outliers:
+        x[:, ::200] *= 50
+    x[7] = 0.0
+    x[9] = up.parts[1].weight[5].float().to(x.dtype)  # as large a sum as can be
+    rows = up.quantize(x)
+    rows = rows._replace(norms=rows.dequantized().norm(dim=1))
+    got, own = up.then(down, rows, 70), up.then(down, rows._replace(norms=None), 70)
+    exact = F.gelu(up(rows, 70).float(), approximate="tanh")
+    assert got.values.float().abs().max() < 448
+    assert sqnr_db(got.dequantized(), exact) > sqnr_db(own.dequantized(), exact) - 1.5
 
 
 def test_the_integer_reference_is_exact_itself():
@@ -83,6 +142,8 @@ def test_norm_and_modulation_end_in_8_bits(eight_bit, with_y):
     assert torch.equal(a, b)
     # The same arithmetic compiled twice: the norm may differ in its last bit.
     assert sqnr_db(got.dequantized(), expected.dequantized()) > 50
+    if eight_bit == torch.float8_e4m3fn:
+        assert torch.allclose(got.norms, normed.float().norm(dim=1), rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", [Int8Linear, Fp8Linear])
