@@ -1,31 +1,77 @@
 """The README's tables from the result files, so that no figure is ever typed by hand.
 
+Each file of `benchmark` is a table. Those of `techniques` and `soak`, which say so as their `kind`, make one section
+together. Files of other programs belong to no table here.
+
 A column whose value is the same in a whole file moves to the line above the table; one that the file lacks is left
 away; a single figure that is missing is a dash.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 MISSING = "-"
 
 
 def tables(folder: Path = RESULTS) -> str:
-    """Markdown of all result files, one table a file."""
-    return "\n\n".join(_table(path) for path in sorted(folder.glob("*.json")))
+    """Markdown of the benchmark's files, one table a file."""
+    return "\n\n".join(_table(path, result) for path, result in _files(folder, "benchmark"))
+
+
+def technique_tables(folder: Path = RESULTS) -> str:
+    """Markdown of the techniques' files, side by side in one table, and of the soaks, a line each. May be empty."""
+    files = _files(folder, "techniques")
+    parts = [_techniques(files)] if files else []
+    return "\n\n".join(parts + [_soak(path, result) for path, result in _files(folder, "soak")])
+
+
+SECTIONS: dict[str, Callable[[Path], str]] = {"benchmarks": tables, "techniques": technique_tables}
 
 
 def write_tables(readme: Path = ROOT / "README.md", folder: Path = RESULTS) -> None:
-    """Puts the tables between the markers of the README."""
-    head, rest = readme.read_text().split(BEGIN)
-    readme.write_text(f"{head}{BEGIN}\n{tables(folder)}\n{END}{rest.split(END)[1]}")
+    """Puts each section between its markers in the README. ValueError when there are files for one without markers."""
+    text = readme.read_text()
+    for name, section in SECTIONS.items():
+        begin, end, new = f"<!-- {name}: begin -->", f"<!-- {name}: end -->", section(folder)
+        if begin in text and end in text:
+            head, rest = text.split(begin)
+            text = f"{head}{begin}\n{new}\n{end}{rest.split(end)[1]}"
+        elif new:
+            raise ValueError(f"{readme} has no place for results: the lines {begin} and {end}")
+    readme.write_text(text)
 
 
-def _table(path: Path) -> str:
-    result = json.loads(path.read_text())
+def kind_of(result: dict) -> str | None:
+    """Which program wrote a file: "techniques" and "soak", which say it, "benchmark", or None for another."""
+    if "kind" in result or "rows" not in result:
+        return result.get("kind")
+    return "benchmark" if all("subject" in row for row in result["rows"]) else None
+
+
+def _files(folder: Path, kind: str) -> list[tuple[Path, dict]]:
+    found = [(path, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    return [(path, result) for path, result in found if kind_of(result) == kind]
+
+
+def _where(path: Path) -> str:
+    return f"`{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name}`"
+
+
+def _machine(path: Path, result: dict) -> str:
+    versions = f"torch {result['torch']}, diffusers {result['diffusers']}, commit {result['commit']}"
+    return f"**{result['device']}**, {versions} ({_where(path)})"
+
+
+def _markdown(columns: dict[str, list[str]]) -> str:
+    """A table of columns {heading: cells}."""
+    lines = [columns, ["---"] * len(columns), *zip(*columns.values(), strict=True)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _table(path: Path, result: dict) -> str:
     rows = _by_case(result["rows"])
     settings = {name: [str(show(row)) for row in rows] for name, show in _SETTINGS.items()}
     figures = {name: [show(row, rows) for row in rows] for name, show in _FIGURES.items()}
@@ -37,20 +83,65 @@ def _table(path: Path) -> str:
     )
     columns = {name: cells for name, cells in settings.items() if name not in constant}
     columns |= {name: cells for name, cells in figures.items() if set(cells) != {MISSING}}
-    where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
-    head = (
-        f"**{result['device']}**, torch {result['torch']}, diffusers {result['diffusers']}, commit {result['commit']}"
-    )
-    parts = [f"{head} (`{where}`)" + _start(result) + (f". All rows: {same}." if same else ".")]
+    parts = [_machine(path, result) + _start(result) + (f". All rows: {same}." if same else ".")]
     if rows:
-        lines = [columns, ["---"] * len(columns), *zip(*columns.values(), strict=True)]
-        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+        parts.append(_markdown(columns))
     parts += filter(None, (_accuracy(result.get("accuracy")), _new_prompts(result.get("new_prompts"))))
     # Of single cases the file tells; here only who is missing altogether.
     absent = [f"{name} ({why})" for name, why in result.get("left_out", {}).items() if ":" not in name]
     if absent:
         parts.append("Not measured: " + "; ".join(absent) + ".")
     return "\n\n".join(parts)
+
+
+def _techniques(files: list[tuple[Path, dict]]) -> str:
+    """A line a file, and one table: a row for each technique, on the still and the moving video as "still / moving",
+    and for each video of its own. Figures that depend on the machine stand once for each file, by its number.
+    """
+    heads, rows = [], {}
+    for number, (path, result) in enumerate(files, 1):
+        first = result["rows"][0] if result["rows"] else {}
+        form = "weights {weights}, {width}x{height}, steps {steps}, edits {edits}" if first else "no rows"
+        what = form.format(**first | {"edits": ", ".join(first.get("edits", []))})
+        heads.append(f"({number}) {_machine(path, result)}: {what}.")
+        for row in result["rows"]:
+            video = "" if row["video"] in ("still", "moving") else row["video"]
+            rows.setdefault((row["technique"], video), {}).setdefault(number, {})[row["video"]] = row
+    columns = {"technique": [f"{name}, {video}" if video else name for name, video in rows]}
+    for heading, key, form in _TECHNIQUE_FIGURES:  # of the first file that knows it
+        cells = [_pair(row, key, form) for row in rows.values() for row in [_knowing(row, key)]]
+        columns[heading] = cells
+    for number in range(1, len(files) + 1):
+        for heading, key, form in _TECHNIQUE_SPEEDS:
+            columns[f"({number}) {heading}"] = [_pair(row.get(number, {}), key, form) for row in rows.values()]
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {MISSING}}
+    left_out = [(number, *item) for number, (_, result) in enumerate(files, 1) for item in result["left_out"].items()]
+    absent = "; ".join(f"({number}) {name} ({why})" for number, name, why in left_out)
+    # Each head is a paragraph's line: two spaces break it.
+    return "\n\n".join(["  \n".join(heads), _markdown(columns), *([f"Not measured: {absent}."] if absent else [])])
+
+
+def _knowing(row: dict[int, dict], key: str) -> dict:
+    """Of one technique's figures in each file the first that has this one."""
+    return next((by_video for by_video in row.values() if any(r.get(key) is not None for r in by_video.values())), {})
+
+
+def _pair(by_video: dict[str, dict], key: str, form: Callable[[float], str]) -> str:
+    """The figure on the still and on the moving video, or on the one that there is."""
+    videos = [name for name in ("still", "moving") if name in by_video] or list(by_video)
+    cells = [MISSING if by_video[name].get(key) is None else form(by_video[name][key]) for name in videos]
+    return MISSING if not set(cells) - {MISSING} else " / ".join(cells)
+
+
+def _soak(path: Path, result: dict) -> str:
+    """What the soak saw, in a sentence, and whatever it complains of."""
+    first, last = result["resident_mb"]["after_warm_up"], result["resident_mb"]["end"]
+    complaints = "; ".join(result["complaints"]) or "no newest frame lost, nothing crossed"
+    return (
+        f"Soak: {result['frames']:,} frames of {result['sessions']:,} sessions in {result['seconds']:.0f} s on "
+        f"{_machine(path, result)}: resident memory {first:.0f} MB after warm-up, "
+        f"{last:.0f} MB at the end; {complaints}."
+    )
 
 
 def _start(result: dict) -> str:
@@ -142,3 +233,14 @@ _FIGURES = {
     # Files of before process memory was read have 0 for a CPU.
     "peak GB": lambda row, rows: _number(row["peak_memory_gb"]) if row.get("peak_memory_gb") else MISSING,
 }
+_TECHNIQUE_FIGURES = (
+    ("loss, dB", "loss_db", lambda value: f"{value + 0.0:.1f}" if abs(value) >= 0.05 else "0.0"),
+    ("flicker", "flicker_ratio", lambda value: f"{value:.2f}x"),
+    ("skipped", "skip_rate", lambda value: f"{value:.0%}"),
+    ("computed", "changed_tokens", lambda value: f"{value:.0%}"),
+)
+_TECHNIQUE_SPEEDS = (
+    ("frames/s", "fps", lambda value: f"{value:.1f}"),
+    ("p50 ms", "median_ms", _number),
+    ("p95 ms", "p95_ms", _number),
+)
