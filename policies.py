@@ -4,7 +4,7 @@ What they depend on is passed in: times, pictures, a random number. So each can 
 clock, a camera or luck.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -13,6 +13,15 @@ RATE_WINDOW_S = 10.0  # a frame rate is measured over this long, or over RATE_FR
 RATE_FRAMES = 31
 THUMBNAIL = 64  # pixels on a side of what similarity is judged on: enough to see, and camera noise averages out
 PATCHES = 16  # on a side: a mouth fills one of them
+TOKEN = 16  # pixels on a side of a token
+BLOCK = (
+    4  # pixels on a side of what a token's motion is judged on: the mean of a block has a quarter of the camera's noise
+)
+MOTION_WINDOW = 5  # frames
+MOTION_SCALE = 25.5  # root mean square difference of two frames, of 255, that is full motion
+MOTION_RATE = 0.5  # of the moving average of the strength
+HOLDER_IDLE_S = 5.0  # a token cache that was not used for so long may go to another session
+TAKE_MARGIN_S = 0.002
 
 
 def next_session(served: Mapping[int, float], now_monotonic: float) -> int:
@@ -76,3 +85,110 @@ def embeds_anew(policy: str, frames: int, every: int, alike: float, threshold: f
     after `every` frames; "changed": when the picture is less alike than `threshold`; "kept": not for this prompt.
     """
     return {"fresh": True, "every": frames >= every, "changed": alike < threshold, "kept": False}[policy]
+
+
+def take_at(busy_until_monotonic: float, encode_s: float) -> float:
+    """When to take the next frame while the GPU denoises until `busy_until_monotonic` and encoding takes `encode_s`.
+
+    As late as the encode allows: a frame taken earlier would only be older when it is shown.
+    """
+    return busy_until_monotonic - 1.25 * encode_s - TAKE_MARGIN_S
+
+
+def gives_way(used: Mapping[int, float], most: int, now_monotonic: float) -> tuple[bool, int | None]:
+    """Whether one more session may hold a token cache, and which must lose its own for that, if any.
+
+    `used` are those that hold one {session: last use}, `most` how many may. Only a cache that lies idle is taken away:
+    sessions that took each other's would compute everything in every frame, all of them.
+    """
+    if len(used) < most:
+        return True, None
+    oldest = min(used, key=used.get, default=None)
+    if oldest is None or now_monotonic - used[oldest] < HOLDER_IDLE_S:
+        return False, None
+    return True, oldest
+
+
+def shown_ages(shown: Sequence[tuple[float, float]], now_monotonic: float, samples: int = 64) -> np.ndarray:
+    """How old what a person sees was, in seconds, at `samples` moments evenly spread over the last RATE_WINDOW_S.
+
+    `shown` are the pictures of one stream in order, (time delivered, time its frame was submitted): a picture ages
+    until the next one replaces it, and a repeated one goes on ageing. Empty where nothing was shown.
+    """
+    if len(shown) < 2:
+        return np.zeros(0)
+    delivered, submitted = np.array(shown).T
+    begin = max(delivered[0], now_monotonic - RATE_WINDOW_S)
+    if begin >= delivered[-1]:
+        return np.zeros(0)
+    moments = np.linspace(begin, delivered[-1], samples, endpoint=False)
+    return moments - submitted[np.searchsorted(delivered, moments, side="right") - 1]
+
+
+# What moves: judged on the pictures as the model gets them, uint8 (H, W, 3), sides in multiples of 16
+
+
+def changed_tokens(now: np.ndarray, seen: np.ndarray, threshold: float) -> np.ndarray:
+    """Which tokens must be computed again: bool (H / 16, W / 16).
+
+    A token has changed when the mean absolute difference of its 16x16 pixels from what it last saw reaches `threshold`
+    (of 255). Its neighbours count too, all eight: the VAE and the model look over a token's edge.
+    """
+    difference = np.maximum(now, seen) - np.minimum(now, seen)  # uint8: no wider copy of a whole picture
+    return dilated(_block_means(difference, TOKEN).mean(axis=2) >= threshold)
+
+
+def still_tokens(now: np.ndarray, before: np.ndarray, low: float = 3.0, high: float = 6.0) -> np.ndarray:
+    """How still each token is, float32 (H / 16, W / 16): 1 up to a motion of `low`, 0 from `high` on.
+
+    A token's motion is that of the 4x4-pixel block in it which changed most, on the block's mean: noise of a camera
+    averages out in it (4.5 of 255 on a pixel is 1.1 on a block), an edge that moves does not. Neighbours of what moves
+    are not still.
+    """
+    blocks = np.abs(_block_means(now, BLOCK) - _block_means(before, BLOCK)).mean(axis=2)
+    per = TOKEN // BLOCK
+    rows, columns = blocks.shape[0] // per, blocks.shape[1] // per
+    motion = blocks.reshape(rows, per, columns, per).max(axis=(1, 3))
+    motion = _largest_neighbour(motion)
+    return np.clip((high - motion) / (high - low), 0.0, 1.0).astype(np.float32)
+
+
+def motion(now: np.ndarray, before: np.ndarray) -> float:
+    """Root mean square difference of two frames' thumbnails (of 255): d_t of StreamDiffusionV2 on pixels."""
+    return float(np.sqrt(np.square(now - before).mean()))
+
+
+def motion_strength(
+    motions: Sequence[float], before: float, rate: float = MOTION_RATE, scale: float = MOTION_SCALE
+) -> float:
+    """How much of the last frame to keep, 1 on a still scene to 0 in full motion: StreamDiffusionV2's noise controller.
+
+    arXiv 2511.07399, section 4.1: the frame differences d_i of a window are normalised by a scale and clipped,
+    d = clip(max(d_i) / scale, 0, 1), and the strength follows them by an exponential moving average,
+        s_t = rate (s_max - (s_max - s_min) d) + (1 - rate) s_(t-1),
+    here with s_max = 1 and s_min = 0. There s is the share of noise that a frame starts from, which a video model fills
+    from its memory of the frames before; here it is the share of the frame before itself. Both fall with the motion.
+    """
+    moved = min(max(max(motions, default=0.0) / scale, 0.0), 1.0)
+    return rate * (1.0 - moved) + (1.0 - rate) * before
+
+
+def dilated(mask: np.ndarray) -> np.ndarray:
+    """bool (rows, columns) and each True's eight neighbours."""
+    return _largest_neighbour(mask)
+
+
+def _largest_neighbour(values: np.ndarray) -> np.ndarray:
+    """(rows, columns): the largest of each 3x3 neighbourhood."""
+    rows, columns = values.shape
+    padded = np.pad(values, 1, mode="edge")
+    return np.max([padded[r : r + rows, c : c + columns] for r in range(3) for c in range(3)], axis=0)
+
+
+def _block_means(picture: np.ndarray, side: int) -> np.ndarray:
+    """uint8 (H, W, 3) -> float32 (H / side, W / side, 3)."""
+    height, width = picture.shape[:2]
+    # Down first, over whole rows: numpy adds long rows ten times as fast as it adds neighbours.
+    down = np.add.reduce(picture.reshape(height // side, side, width * 3), axis=1, dtype=np.uint16)
+    across = down.reshape(height // side, width // side, side, 3)
+    return sum(across[:, :, i] for i in range(side)).astype(np.float32) / side**2

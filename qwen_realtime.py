@@ -5,19 +5,22 @@ in the pipeline needs a lock. Everything torch does for a frame happens there; c
 
 A session is one person's stream. Its mailbox has one slot and the newest frame wins: a frame that waited behind a
 newer one would only be shown late, so it is dropped and counted. Results go the same way: `latest()` and the async
-iterator hold one slot each, a slow reader misses pictures and never builds a queue. The next frame is taken from the
-session whose last service lies furthest back, so a fast sender cannot starve a slow one. Whom to serve, whom to free
-and when to do less are pure functions in `policies`; every clock here is monotonic, in seconds.
+iterator hold one slot each, a slow reader misses pictures and never builds a queue.
+
+The thread serves in turns. A turn is one session's: its waiting frame goes through the three stages of `frames`. In a
+stream batch it goes one step, with those of the session that are on their way; a session with such frames has a turn
+also when nothing waits, so that the last frame of a stream comes out too. The next turn is the session's whose last one
+lies furthest back, so a fast sender cannot starve a slow one. Where a GPU can overlap stages, a turn's last stage is
+asked for after the next turn's first: see `_serve_next`. Whom to serve, whom to free and when to do less are pure
+functions in `policies` and `pace`; every clock here is monotonic, in seconds.
 
 Settings live in two frozen dataclasses (`settings`): `EngineConfig` when the engine is built, `EditParams` with each
 frame. A frame carries its own params, so a change of settings never reaches a frame that is already running.
 
-What a session may use again is its own: the last picture, repeated at once when a frame is like the one before
-(`skip_similar`), and the last embeddings (`embeds`). Any change of prompt, setting or size computes a frame.
-
 Failures: what a person can act on is an `EditError`. Whatever else a frame raises is logged with its traceback and
-reported to its own session as an `EditError`; the thread goes on with the next frame. Cancelling raises inside the
-denoise loop's `on_step` and so takes effect within one step. No error keeps a traceback: it would keep tensors alive.
+reported to its own session as an `EditError`; the thread goes on with the next frame, and the session forgets what it
+had kept for reuse. Cancelling raises inside the denoise loop's `on_step` and so takes effect within one step. No error
+keeps a traceback: it would keep tensors alive.
 
 One lock guards all bookkeeping (microseconds per frame) and is never held while the model runs.
 """
@@ -27,7 +30,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import itertools
 import logging
 import random
 import threading
@@ -38,9 +40,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from images import EditError, blend, download, fit
-from policies import RATE_FRAMES, embeds_anew, frame_rate, idle_sessions, next_session, similarity, skips, thumbnail
-from settings import CHOICES, LIMITS, MAX_PROMPT_CHARS, PICTURES, SIZE_MULTIPLE, EditParams, EngineConfig
+from frames import (
+    STAGES,
+    Cancelled,
+    EngineError,
+    FrameEditor,
+    SessionMemory,
+    Stopwatch,
+    Work,
+    is_out_of_memory,
+    prepare_pictures,
+)
+from images import EditError
+from pace import Cost, Costs, Pace
+from policies import RATE_FRAMES, frame_rate, idle_sessions, next_session, shown_ages, take_at
+from settings import CHOICES, LIMITS, MAX_PROMPT_CHARS, PICTURES, SIZE_MULTIPLE, EditParams, EngineConfig, output_size
 
 __all__ = [
     "CHOICES", "LIMITS", "MAX_PROMPT_CHARS", "PICTURES", "SIZE_MULTIPLE", "STAGES",
@@ -49,17 +63,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("prepare", "encode_prompt", "encode_references", "denoise", "decode", "total")
-
+_ACTIVE_S = 1.0  # a session that got a picture within this time is one of those that share the device
+_LOOK_S = 0.002  # how often the thread looks whether the GPU is done with a denoise, while it waits for the next frame
 _HISTORY_FRAMES = 256  # percentiles and stage means of `stats()` are over this many frames
-
-
-class EngineError(EditError):
-    """The frame was good and the model failed on it. `kind`: "out_of_memory", "not_finite" or "failed"."""
-
-    def __init__(self, text: str, kind: str):
-        super().__init__(text)
-        self.kind = kind
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,16 +76,18 @@ class EditResult:
     image: np.ndarray | None  # uint8 (H, W, 3)
     error: EditError | None
     params: EditParams
-    stages_ms: dict[str, float]  # the keys of STAGES; empty for a failed frame
+    stages_ms: dict[str, float]  # the keys of STAGES, "total" their sum; empty for a failed frame
     age_ms: float  # from submit to done, waiting included
     dropped: int  # frames of this session replaced by newer ones so far
     fps: float  # of this session
     skipped: bool = False  # the last picture again: the frame was like the one before
+    notes: tuple[str, ...] = ()  # what a person should know of this frame: "reuse: off, guidance is on"
+    computed: float = 1.0  # share of the tokens that were computed, not reused
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
-    """What the engine did since it started; the rate, the percentiles and the means are over its last frames."""
+    """What the engine did since it started; rates, percentiles and means are over its last frames."""
 
     fps: float
     latency_p50_ms: float  # submit to done
@@ -92,46 +100,14 @@ class EngineStats:
     stages_ms: dict[str, float]  # means
     cache_summary: dict[str, dict[str, int]]  # the pipeline's, as of the last frame
     memory: dict[str, int]  # bytes on the GPU: allocated, reserved, peak; empty on the CPU
-
-
-def prepare_pictures(images: list[np.ndarray], params: EditParams, width: int, height: int) -> list[np.ndarray]:
-    """The references as the model gets them: at the output's size, or for the stock area at their own; then blended."""
-    if params.reference_area == "output":
-        images = [fit(image, width, height, params.fit) for image in images]
-    return [blend(*images, params.blend_ratio)] if params.mode == "blend" else images
-
-
-def _alike(measure: str, now: list[np.ndarray], before: list[np.ndarray]) -> float:
-    """The least of the pictures' similarities; 0 where there is nothing to compare."""
-    if not now or len(now) != len(before):
-        return 0.0
-    return min(similarity(measure, *pair) for pair in zip(now, before, strict=True))
-
-
-class _Cancelled(Exception):
-    """Unwinds a cancelled frame; never leaves this module."""
-
-
-class _Stopwatch:
-    """Milliseconds per stage. On CUDA by events, read after the frame: a synchronize per stage would stall the GPU."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = []
-        self.mark("start")
-
-    def mark(self, stage: str) -> None:
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-        self._marks.append((stage, event if self._cuda else time.perf_counter()))
-
-    def read_ms(self) -> dict[str, float]:
-        if self._cuda:
-            self._marks[-1][1].synchronize()
-        marks = [(stage, self._marks[0][1].elapsed_time(at) if self._cuda else at * 1000) for stage, at in self._marks]
-        stages = {stage: at - before for (_, before), (stage, at) in itertools.pairwise(marks)}
-        return stages | {"total": marks[-1][1] - marks[0][1]}
+    age_p50_ms: (
+        float  # of what people see, at any moment: since its frame was submitted, until the next picture is there
+    )
+    age_p95_ms: float
+    skip_rate: float  # of delivered pictures
+    computed: float  # mean share of the tokens that were computed, not reused
+    cache_hits: float  # share of look-ups in the pipeline's caches
+    pace: tuple[str, ...]  # what it picked, for each session that asked for a rate or a latency
 
 
 @dataclasses.dataclass(eq=False)
@@ -145,21 +121,33 @@ class _Frame:
     submitted_monotonic: float
     cancelled: bool = False  # set under the lock, read by the inference thread without it
     outcome: concurrent.futures.Future = dataclasses.field(default_factory=concurrent.futures.Future)  # of EditResult
-
-
-@dataclasses.dataclass
-class _Memory:
-    """What a session's next frame may use again. Only the inference thread touches it."""
-
-    params: EditParams | None = None  # of the last computed frame, as are these
-    size: tuple[int, int] = (0, 0)
-    thumbnails: list[np.ndarray] = dataclasses.field(default_factory=list)
+    work: Work | None = None  # the rest is the inference thread's
     image: np.ndarray | None = None
-    skipped: int = 0  # frames in a row since
-    embeds: tuple | None = None  # prompt and negative prompt as the pipeline embedded them
-    embeds_of: tuple = ()  # for which words and how many pictures,
-    embeds_thumbnails: list[np.ndarray] = dataclasses.field(default_factory=list)  # at the sight of which,
-    embeds_frames: int = 0  # and how many frames have used them
+    error: EditError | None = None
+
+    def check(self, step: int = 0, steps: int = 0) -> None:
+        if self.cancelled:
+            raise Cancelled
+        if steps and self.on_step is not None:
+            self.on_step(step, steps)
+
+    @property
+    def moving(self) -> bool:
+        """Whether it is on its way in a stream batch."""
+        return self.work.picture is not None and self.error is None and not self.cancelled
+
+
+@dataclasses.dataclass(eq=False)
+class _Turn:
+    session: "Session"
+    frame: _Frame | None  # None: those on their way go a step further
+    flight: list[_Frame]  # the session's stream batch
+    done: list[_Frame] = dataclasses.field(default_factory=list)  # denoised, skipped or failed, in their order
+    asked: Any = None  # CUDA event: its second stage has run; None on the CPU
+
+    @property
+    def denoised(self) -> bool:
+        return self.asked is None or self.asked.query()
 
 
 class _Outlet:
@@ -202,7 +190,12 @@ class Session:
         self._closed_because: str | None = None
         self._outlets: list[_Outlet] = []
         self._done_times: collections.deque[float] = collections.deque(maxlen=RATE_FRAMES)
-        self._memory = _Memory()
+        self._shown: collections.deque[tuple[float, float]] = collections.deque(
+            maxlen=_HISTORY_FRAMES
+        )  # delivered, submitted
+        self._memory = SessionMemory()
+        self._flight: list[_Frame] = []  # a stream batch, the oldest first
+        self._pace = Pace()
 
     @property
     def closed(self) -> bool:
@@ -216,7 +209,7 @@ class Session:
         `images` are uint8 (H, W, 3). `on_step(i, n)` is called on the inference thread and must be quick. Raises
         EditError when the pictures do not suit the mode, the output is too large, or the session is closed.
         """
-        size = self._engine._check_frame(images, params)
+        size = output_size(images, params, self._engine.default_size, self._engine.config.max_pixels)
         with self._lock:
             if self._closed_because is not None:
                 raise EditError(self._closed_because)
@@ -288,7 +281,7 @@ class Session:
     # The rest is called with the lock held.
 
     def _live_frames(self) -> list[_Frame]:
-        frames = (self._engine._running, self._pending)
+        frames = (*self._engine._taken, self._pending)
         return [frame for frame in frames if frame is not None and frame.session is self and not frame.cancelled]
 
     def _discard(self, frame: _Frame, why: str) -> None:
@@ -307,7 +300,7 @@ class Session:
 
 
 class RealtimeEngine:
-    """Runs a pipeline for many sessions on one thread. `pipeline` is loaded; `clock` is monotonic seconds, `draw` a number in [0, 1).
+    """Runs a loaded pipeline for many sessions on one thread. `clock` is monotonic seconds, `draw` a number in [0, 1).
 
     Start it before the first frame, close it to join the thread; or use it as a context manager.
     """
@@ -320,7 +313,6 @@ class RealtimeEngine:
         clock: Callable[[], float] = time.monotonic,
         draw: Callable[[], float] = random.random,
     ):
-        self._draw = draw
         self.pipeline = pipeline
         self.config = config or EngineConfig()
         self.default_size: int = self.config.default_size or pipeline.default_size
@@ -331,15 +323,23 @@ class RealtimeEngine:
         self._work = threading.Condition(self._lock)  # a frame came, or the engine closes
         self._sessions: dict[int, Session] = {}
         self._opened = 0
-        self._running: _Frame | None = None
+        self._taken: list[_Frame] = []  # from their mailboxes, and not delivered
+        self._tail: _Turn | None = None  # the turn before, if its last stage is still to be asked for
+        self._editor = FrameEditor(pipeline, self._device, draw, clock, self.config.reuse_sessions)
+        self._overlap = self.config.pipelining and self._device.type == "cuda"
+        self._costs = Costs()
+        self._busy_until_monotonic = self._encode_s = (
+            0.0  # the denoise that was asked for last, and the encode before it
+        )
         self._closing = False
         self._thread: threading.Thread | None = None
         self._start_error: Exception | None = None
         self._ready = threading.Event()
         self._frames = self._skipped = self._dropped = self._errors = 0
         self._done_times: collections.deque[float] = collections.deque(maxlen=RATE_FRAMES)
-        self._ages_ms: collections.deque[float] = collections.deque(maxlen=_HISTORY_FRAMES)
+        self._latencies_ms: collections.deque[float] = collections.deque(maxlen=_HISTORY_FRAMES)
         self._stages_ms: collections.deque[dict] = collections.deque(maxlen=_HISTORY_FRAMES)  # of computed frames
+        self._computed: collections.deque[float] = collections.deque(maxlen=_HISTORY_FRAMES)
         self._cache_summary: dict[str, dict[str, int]] = {}
 
     # Life
@@ -411,11 +411,13 @@ class RealtimeEngine:
             memory["reserved"] = torch.cuda.memory_reserved(self._device)
             memory["peak"] = torch.cuda.max_memory_allocated(self._device)
         with self._lock:
-            ages, stages = list(self._ages_ms) or [0.0], list(self._stages_ms)
+            now, latencies, stages = self._clock(), list(self._latencies_ms) or [0.0], list(self._stages_ms)
+            ages = np.concatenate([[], *(shown_ages(s._shown, now) for s in self._sessions.values())]) * 1000
+            looked = [sum(c[kind] for c in self._cache_summary.values()) for kind in ("hits", "misses")]
             return EngineStats(
-                fps=frame_rate(self._done_times, self._clock()),
-                latency_p50_ms=float(np.percentile(ages, 50)),
-                latency_p95_ms=float(np.percentile(ages, 95)),
+                fps=frame_rate(self._done_times, now),
+                latency_p50_ms=float(np.percentile(latencies, 50)),
+                latency_p95_ms=float(np.percentile(latencies, 95)),
                 sessions=len(self._sessions),
                 frames=self._frames,
                 skipped=self._skipped,
@@ -424,24 +426,13 @@ class RealtimeEngine:
                 stages_ms={name: sum(s[name] for s in stages) / len(stages) for name in STAGES} if stages else {},
                 cache_summary=self._cache_summary,
                 memory=memory,
+                age_p50_ms=float(np.percentile(ages, 50)) if ages.size else 0.0,
+                age_p95_ms=float(np.percentile(ages, 95)) if ages.size else 0.0,
+                skip_rate=self._skipped / max(1, self._frames),
+                computed=float(np.mean(self._computed)) if self._computed else 1.0,
+                cache_hits=looked[0] / max(1, sum(looked)),
+                pace=tuple(s._pace.text for s in self._sessions.values() if s._pace.text),
             )
-
-    def _check_frame(self, images: list[np.ndarray], params: EditParams) -> tuple[int, int]:
-        """The output's (width, height). Raises EditError on what cannot work, before it waits for its turn."""
-        least, most = PICTURES[params.mode]
-        if len(images) < least or len(images) > most:
-            allowed = f"{least}" if least == most else f"{least} to {most}"
-            raise EditError(f"{len(images)} pictures came. Allowed in mode {params.mode}: {allowed}.")
-        for image in images:
-            dtype, shape = getattr(image, "dtype", type(image).__name__), getattr(image, "shape", ())
-            if not (isinstance(image, np.ndarray) and dtype == np.uint8 and shape[2:] == (3,) and image.size):
-                raise EditError(f"A picture came as {dtype} {shape}. Allowed: a numpy array, uint8 (height, width, 3).")
-        width, height = params.width or self.default_size, params.height or self.default_size
-        if width * height > self.config.max_pixels:
-            raise EditError(
-                f"The output would be {width}x{height}, {width * height:,} pixels. Allowed: {self.config.max_pixels:,}."
-            )
-        return width, height
 
     def _close_session(self, session: Session, why: str) -> None:
         with self._lock:
@@ -449,7 +440,8 @@ class RealtimeEngine:
                 return
             session._cancel("was cancelled: its session closed")
             session._closed_because = why
-            session._memory = _Memory()  # a closed session may be held for long; its tensors need not be
+            session._memory, session._flight = SessionMemory(), []  # it may be held for long; its tensors need not be
+            self._taken = [frame for frame in self._taken if frame.session is not session]
             session._publish(None)
             del self._sessions[session.key]
 
@@ -464,13 +456,16 @@ class RealtimeEngine:
 
     def _loop(self) -> None:
         try:
-            if self._device.type == "cuda" and self._device.index is not None:
-                torch.cuda.set_device(self._device)
+            if self._device.type == "cuda":
+                if self._device.index is not None:
+                    torch.cuda.set_device(self._device)
+                self._editor.use_streams(self._overlap)
             report = self.pipeline.enable_fast_path() if self.config.fast_path else []
             self.description = {
                 **self.pipeline.description,
                 "default_size": self.default_size,
                 "fast_path": [{"name": name, "applied": applied, "reason": reason} for name, applied, reason in report],
+                "pipelining": {"applied": self._overlap, "reason": self._why_overlap()},
             }
         except Exception as error:
             self._start_error = error
@@ -480,163 +475,224 @@ class RealtimeEngine:
         while self._serve_next():
             pass
 
-    def _next_frame(self) -> _Frame | None:
-        """Sleeps until a frame waits and takes the fairest one; None when the engine closes."""
+    def _why_overlap(self) -> str:
+        if self._overlap:
+            return "encode of the next frame and decode of the last run beside the denoise"
+        if not self.config.pipelining:
+            return "turned off"
+        return f"a device of the kind {self._device.type} does one thing at a time"
+
+    def _next_turn(self) -> _Turn | None:
+        """Sleeps until a session has something to do and takes its frame; None when the engine closes.
+
+        While the turn before is still denoised, it waits until just before that ends; then None if nothing waits.
+        """
         with self._lock:
+            until = take_at(self._busy_until_monotonic, self._encode_s)
+            while self._tail is not None and not (self._closing or self._tail.denoised):
+                if (spare_s := until - self._clock()) <= 0:
+                    break
+                self._work.wait(min(spare_s, _LOOK_S))  # the denoise may be done before it is expected to be
             while not self._closing:
                 now = self._clock()
                 self._free_idle(now)
-                waiting = {key: s._served_monotonic for key, s in self._sessions.items() if s._pending is not None}
+                waiting = {
+                    k: s._served_monotonic for k, s in self._sessions.items() if s._pending is not None or s._flight
+                }
                 if waiting:
                     session = self._sessions[next_session(waiting, now)]
-                    self._running, session._pending = session._pending, None
-                    return self._running
+                    frame, session._pending = session._pending, None
+                    session._served_monotonic = now
+                    self._taken += [] if frame is None else [frame]
+                    return _Turn(session, frame, session._flight)
+                if self._tail is not None:
+                    return None
                 oldest = min((s._active_monotonic for s in self._sessions.values()), default=None)
                 self._work.wait(None if oldest is None else oldest + self.config.idle_timeout_s - now)
         return None
 
     def _serve_next(self) -> bool:
-        """Waits for a frame, runs it, delivers its picture or its error. False when the engine closes; never raises."""
-        frame = self._next_frame()
-        if frame is None:
+        """One turn, or what is left of the one before. False when the engine closes; never raises.
+
+        Overlapped, the GPU gets turn k's first stage, k-1's third and k's second, in this order: first and third stages
+        share a stream, and a first stage behind a third would wait for the denoise before that. The host then waits for
+        k-1's picture, which is there when k's denoise has hardly begun.
+        """
+        turn, tail = self._next_turn(), self._tail
+        if turn is None and tail is None:
             return False
-        image, stages_ms, skipped, error = None, {}, False, None
+        if turn is not None:
+            self._begin(turn)
+        if tail is not None:
+            self._finish(tail)
+        if turn is not None:
+            self._denoise(turn)
+        if tail is not None:
+            self._deliver_turn(tail)
+        self._tail = turn if self._overlap else None
+        if turn is not None and not self._overlap:
+            self._finish(turn)
+            self._deliver_turn(turn)
+        return True
+
+    def _begin(self, turn: _Turn) -> None:
+        frame = turn.frame
+        if frame is not None:
+            frame.work = Work(
+                turn.session._memory, frame.images, frame.params, frame.size, frame.submitted_monotonic, frame.check,
+                Stopwatch(self._device),
+            )  # fmt: skip
+            self._attempt([frame], lambda: (self._set_pace(frame), self._editor.begin(frame.work)))
+
+    def _set_pace(self, frame: _Frame) -> None:
+        """What is computed in place of what was asked for, if a rate or a latency was asked for too."""
+        work, asked, pace, now = frame.work, frame.work.plan, frame.session._pace, self._clock()
+        with self._lock:
+            sessions = sum(bool(s._shown) and now - s._shown[-1][0] < _ACTIVE_S for s in self._sessions.values())
+        may_reuse = self._editor.may_reuse(work.params)
+        plan = pace.choose(work.params, asked, may_reuse, self._costs, max(1, sessions), self._overlap, now)
+        work.notes += [pace.text] if pace.text else []
+        if plan != asked:
+            names = ("steps", "width", "height", "stream_batch", "reuse")
+            work.params = work.params.replace(**{name: getattr(plan, name) for name in names})
+            work.size = plan.width, plan.height
+
+    def _denoise(self, turn: _Turn) -> None:
+        """The turn's frame to its latents, or into the stream batch; and a step of all that are in it."""
+        frame, flight = turn.frame, turn.flight
+        if frame is not None and frame.error is None and not frame.cancelled and frame.work.repeats is None:
+            work, batched = frame.work, frame.work.params.stream_batch
+            if not batched or not all(other.work.keeps_step_with(work) for other in flight):
+                while (
+                    flight
+                ):  # what is on its way comes out first: order is kept, and no batch mixes sizes or schedules
+                    self._step(turn)
+            act = self._editor.enter if batched else self._editor.denoise
+            self._attempt([frame], lambda: act(work))
+            if not batched:
+                self._expect(work, work.params.steps)
+        if frame is not None:
+            flight.append(frame)
+        if flight:
+            self._step(turn)
+        turn.asked = self._editor.event()
+        if turn.asked is not None:
+            self._editor.renew(turn.session._memory)
+
+    def _expect(self, work: Work, steps: int) -> None:
+        """Takes note of how long the GPU will be busy with so many steps."""
+        if self._overlap and (cost := self._costs.expected(work.plan, self._clock())):
+            denoise_s = cost.denoise / 1000 * steps / work.params.steps
+            self._busy_until_monotonic = max(self._busy_until_monotonic, self._clock()) + denoise_s
+            self._encode_s = cost.encode / 1000
+
+    def _step(self, turn: _Turn) -> None:
+        """One step of all that are on their way in this session; those in front that need no more leave."""
+        flight = turn.flight
+        moving = [frame for frame in flight if frame.moving]
+        if moving:
+            self._attempt(moving, lambda: self._editor.advance([frame.work for frame in moving]))
+            self._expect(moving[0].work, 1)
+        while flight and not flight[0].moving:
+            turn.done.append(flight.pop(0))
+
+    def _finish(self, turn: _Turn) -> None:
+        for frame in turn.done:
+            if frame.error is None and not frame.cancelled and frame.work.repeats is None:
+                self._attempt([frame], lambda frame=frame: self._editor.finish(frame.work))
+
+    def _deliver_turn(self, turn: _Turn) -> None:
+        if turn.asked is not None:
+            turn.asked.synchronize()  # also where nothing is done: or a stream batch would run on before it is a batch
+        for frame in turn.done:
+            if frame.cancelled:
+                frame.work.memory.newest = None  # whose picture will never come
+            elif frame.error is None:
+                self._attempt([frame], lambda frame=frame: self._collect(frame))
+            self._deliver(frame)
+        if turn.asked is None:
+            self._editor.renew(turn.session._memory)
+
+    def _collect(self, frame: _Frame) -> None:
+        frame.image = self._editor.collect(frame.work)
+        self._cache_summary = self.pipeline.cache_summary()
+
+    def _attempt(self, frames: list[_Frame], stage: Callable[[], None]) -> None:
+        """Runs a stage of these frames of one session. What it raises becomes their error."""
+        first, error, out_of_memory = frames[0], None, False
         try:
-            image, stages_ms, skipped = self._edit_or_free(frame)
-            self._cache_summary = self.pipeline.cache_summary()
-        except _Cancelled:
+            stage()
+            return
+        except Cancelled:
             pass
         except EngineError as raised:
             error = EngineError(str(raised), raised.kind)
         except EditError as raised:
             error = EditError(str(raised))  # without the traceback, which holds the frame's tensors
         except Exception as raised:
-            logger.exception("frame %d of session %d failed", frame.number, frame.session.key)
-            error = EngineError(f"The model failed on this frame: {type(raised).__name__}: {raised}", "failed")
-        self._deliver(frame, image, stages_ms, skipped, error)
-        return True
-
-    def _edit_or_free(self, frame: _Frame) -> tuple[np.ndarray, dict[str, float], bool]:
-        try:
-            return self._edit_frame(frame)
-        except (
-            RuntimeError,
-            MemoryError,
-        ) as raised:  # torch's own is a RuntimeError; cuBLAS and the CPU raise plain ones
-            kinds, texts = (torch.OutOfMemoryError, MemoryError), ("out of memory", "allocate memory", "ALLOC_FAILED")
-            if not isinstance(raised, kinds) and not any(text in str(raised) for text in texts):
-                raise
-            logger.warning("frame %d of session %d: %s", frame.number, frame.session.key, str(raised))
-        # Outside the handler: nothing holds the failed frame's tensors any more.
-        self.pipeline.release_memory()
-        (width, height), params = frame.size, frame.params
-        raise EngineError(
-            f"Out of memory at {width}x{height}, pictures: {len(frame.images)}, cfg_scale {params.cfg_scale:g}, "
-            f"reference area {params.reference_area}. Try a smaller size, fewer pictures, cfg_scale 1 or area output.",
-            "out_of_memory",
-        )
-
-    def _edit_frame(self, frame: _Frame) -> tuple[np.ndarray, dict[str, float], bool]:
-        """The work for one frame: uint8 (H, W, 3), milliseconds of each stage, and whether it repeats the last result."""
-        pipe, params, (width, height) = self.pipeline, frame.params, frame.size
-        memory = frame.session._memory
-        watch = _Stopwatch(self._device)
-
-        def check(step: int = 0, steps: int = 0) -> None:
-            if frame.cancelled:
-                raise _Cancelled
-            if steps and frame.on_step is not None:
-                frame.on_step(step, steps)
-
-        def done(stage: str) -> None:
-            watch.mark(stage)
-            check()
-
-        prepared = prepare_pictures(frame.images, params, width, height)
-        looks = params.skip_similar != "off" or params.embeds == "changed"
-        thumbnails = [thumbnail(picture) for picture in prepared] if looks else []
-        if self._repeats(frame, thumbnails):
-            memory.skipped += 1
-            watch.mark("prepare")
-            return memory.image, dict.fromkeys(STAGES, 0.0) | watch.read_ms(), True
-        pictures = pipe.open_references(prepared)
-        done("prepare")
-        prompt, negative = self._embed(frame, pictures, thumbnails)
-        done("encode_prompt")
-        area = width * height if params.reference_area == "output" else None
-        references = pipe.encode_references(pictures, area=area, width=width, height=height)
-        done("encode_references")
-        latents = pipe.denoise(
-            pipe.initial_noise(width, height, params.seed),  # fixed by seed and size: a still scene stays still
-            references,
-            *prompt,
-            pipe.schedule(params.steps, width, height),  # the pipeline keeps both, so a stream computes them once
-            negative_prompt_embeds=negative[0],
-            negative_mask=negative[1],
-            cfg_scale=params.cfg_scale,
-            on_step=check,
-        )
-        finite = torch.isfinite(latents).all()  # read after the decode is queued: reading it here would stall the GPU
-        done("denoise")
-        image = download(pipe.decode(latents, width, height)[0])
-        watch.mark("decode")
-        if not finite:
-            raise EngineError(
-                f"The model gave no finite picture at {width}x{height}, {params.steps} steps, "
-                f"cfg_scale {params.cfg_scale:g}. Change the prompt, the seed, the steps or the dtype.",
-                "not_finite",
+            out_of_memory = is_out_of_memory(raised)
+            if out_of_memory:
+                logger.warning("frame %d of session %d: %s", first.number, first.session.key, str(raised))
+            else:
+                logger.exception("frame %d of session %d failed", first.number, first.session.key)
+                error = EngineError(f"The model failed on this frame: {type(raised).__name__}: {raised}", "failed")
+        # Outside the handlers: nothing holds the failed stage's tensors any more.
+        work = first.work
+        if error is None and not out_of_memory:
+            work.memory.newest = None  # its picture will never come
+        else:
+            work.memory.forget()
+        for frame in frames:
+            frame.work.let_go()
+        if out_of_memory:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # other frames' work may still read what is freed now
+            self._editor.free_caches()
+            self.pipeline.release_memory()
+            (width, height), params = work.size, work.params
+            error = EngineError(
+                f"Out of memory at {width}x{height}, pictures: {len(work.images)}, cfg_scale {params.cfg_scale:g}, "
+                f"area {params.reference_area}. Try a smaller size, fewer pictures, cfg_scale 1 or area output.",
+                "out_of_memory",
             )
-        memory.params, memory.size, memory.thumbnails, memory.image, memory.skipped = params, frame.size, thumbnails, image, 0
-        return image, watch.read_ms(), False
+        for frame in frames:
+            frame.error = error
 
-    def _repeats(self, frame: _Frame, thumbnails: list[np.ndarray]) -> bool:
-        """Whether the frame is skipped: nothing was changed but the pictures, and they but little."""
-        memory, params = frame.session._memory, frame.params
-        if params.skip_similar == "off" or (memory.params, memory.size) != (params, frame.size):
-            return False
-        alike = _alike(params.skip_similar, thumbnails, memory.thumbnails)
-        return skips(alike, params.skip_threshold, memory.skipped, params.max_skipped, self._draw())
-
-    def _embed(self, frame: _Frame, pictures: list, thumbnails: list[np.ndarray]) -> tuple[tuple, tuple]:
-        """(embeddings, mask) of prompt and negative prompt, None and None without guidance: anew, or the last ones."""
-        memory, params, pipe = frame.session._memory, frame.params, self.pipeline
-        guided = params.cfg_scale > 1
-        words = (params.prompt, params.negative_prompt if guided else None, len(pictures))
-        if memory.embeds is not None and memory.embeds_of == words:
-            alike = _alike("patch", thumbnails, memory.embeds_thumbnails)
-            if not embeds_anew(params.embeds, memory.embeds_frames, params.embeds_every, alike, params.embeds_threshold):
-                memory.embeds_frames += 1
-                return memory.embeds
-        prompt = pipe.encode_prompt(params.prompt, pictures)
-        negative = pipe.encode_prompt(params.negative_prompt or " ", pictures) if guided else (None, None)
-        memory.embeds, memory.embeds_of = (prompt, negative), words
-        memory.embeds_thumbnails, memory.embeds_frames = thumbnails, 1
-        return memory.embeds
-
-    def _deliver(
-        self, frame: _Frame, image: np.ndarray | None, stages_ms: dict, skipped: bool, error: EditError | None
-    ) -> None:
-        session = frame.session
+    def _deliver(self, frame: _Frame) -> None:
+        session, work, frame.work = (
+            frame.session,
+            frame.work,
+            None,
+        )  # which holds keys and values, and in its turn the frame
+        stages_ms = work.watch.read_ms() if frame.error is None and not frame.cancelled else {}
         with self._lock:
-            self._running = None
+            self._taken = [other for other in self._taken if other is not frame]
             now = self._clock()
             session._served_monotonic = session._active_monotonic = now
             if frame.cancelled:
                 return
-            age_ms = (now - frame.submitted_monotonic) * 1000
-            if error is None:
+            skipped = work.repeats is not None and frame.error is None
+            latency_ms = (now - frame.submitted_monotonic) * 1000
+            if frame.error is None:
                 self._frames += 1
                 self._skipped += skipped
-                self._ages_ms.append(age_ms)
+                self._latencies_ms.append(latency_ms)
                 if not skipped:
                     self._stages_ms.append(stages_ms)
+                    self._computed.append(work.computed)
+                    self._learn(work, stages_ms, latency_ms, now)
                 self._done_times.append(now)
                 session._done_times.append(now)
+                session._shown.append((now, (work.repeats or work.shown).submitted_monotonic))
             else:
                 self._errors += 1
             fps = frame_rate(session._done_times, now)
-            result = EditResult(
-                frame.number, image, error, frame.params, stages_ms, age_ms, session._dropped, fps, skipped
-            )
+            told = (stages_ms, latency_ms, session._dropped, fps, skipped, tuple(work.notes), work.computed)
+            result = EditResult(frame.number, frame.image, frame.error, frame.params, *told)
             session._publish(result)
             frame.outcome.set_result(result)
+
+    def _learn(self, work: Work, stages_ms: dict[str, float], latency_ms: float, now_monotonic: float) -> None:
+        encode_ms = stages_ms["prepare"] + stages_ms["encode_prompt"] + stages_ms["encode_references"]
+        cost = Cost(encode_ms, stages_ms["denoise"], stages_ms["decode"], latency_ms)
+        self._costs.add(work.plan, cost, now_monotonic)

@@ -10,6 +10,8 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from images import EditError
 
 LIMITS: dict[str, tuple[float, float]] = {  # both ends allowed
@@ -23,6 +25,14 @@ LIMITS: dict[str, tuple[float, float]] = {  # both ends allowed
     "max_skipped": (1, 1000),
     "embeds_every": (1, 1000),
     "embeds_threshold": (0.0, 1.0),
+    "cfg_delta": (0.0, 2.0),
+    "start_from_previous": (0.0, 0.9),
+    "blend_still": (0.0, 1.0),
+    "reuse_threshold": (0.0, 255.0),
+    "reuse_most": (0.0, 1.0),
+    "target_fps": (0.0, 120.0),
+    "latency_budget_ms": (0.0, 10000.0),
+    "transition_frames": (0, 120),
 }
 CHOICES: dict[str, tuple[str, ...]] = {
     "fit": ("crop", "pad"),
@@ -30,7 +40,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "reference_area": ("output", "stock"),
     "skip_similar": ("off", "frame", "patch"),
     "embeds": ("fresh", "every", "changed", "kept"),
+    "cfg_mode": ("full", "none", "batched", "self_negative", "onetime_negative"),
+    "reuse": ("off", "steps", "frames"),
+    "transition": ("linear", "spherical"),
 }
+SWITCHES = ("embeds_background", "stream_batch", "motion_aware")  # true or false
 PICTURES: dict[str, tuple[int, int]] = {"edit": (1, 1), "blend": (2, 2), "references": (2, 3)}  # least, most
 SIZE_MULTIPLE = 16  # the VAE's factor of 8 times the transformer's 2x2 patches
 MAX_PROMPT_CHARS = 2000
@@ -54,6 +68,12 @@ def _text(name: str, value: Any) -> str:
     if any("\ud800" <= char <= "\udfff" for char in value):  # half a pair: JSON can carry it, no tokenizer takes it
         raise EditError(f"{name} contains a broken character. Allowed: valid Unicode text.")
     return value.strip()
+
+
+def _switch(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise EditError(f"{name} is {reprlib.repr(value)}. Allowed: true, false.")
 
 
 def _choice(name: str, value: Any) -> str:
@@ -83,13 +103,34 @@ class EditParams:
     embeds: str = "fresh"  # when the vision-language model looks at a frame anew: see `policies.embeds_anew`
     embeds_every: int = 5
     embeds_threshold: float = 0.95
+    embeds_background: bool = False  # a renewal runs beside the frames; until it is there the last embeddings serve
+    cfg_mode: str = "full"  # how guidance is computed where cfg_scale > 1: see `denoising`; none = not at all
+    cfg_delta: float = 1.0  # magnitude of the residual noise in the two residual modes
+    stream_batch: bool = (
+        False  # frames at different steps in one forward: a frame for each forward, shown `steps` later
+    )
+    start_from_previous: float = 0.0  # share of the way at which a frame starts from the last result instead of noise
+    blend_still: float = 0.0  # share of the last result that is kept where the picture is still
+    motion_aware: bool = False  # the strength of these two falls with the motion: see `policies.motion_strength`
+    reuse: str = (
+        "off"  # steps = references' keys and values of step 1 serve all; frames = also those of tokens that are still
+    )
+    reuse_threshold: float = 6.0  # mean difference of a token's pixels, of 255, from which it counts as changed
+    reuse_most: float = 0.6  # above this share of changed tokens all are computed
+    target_fps: float = 0.0  # pace: the rate to hold; 0 = off
+    latency_budget_ms: float = 0.0  # pace: the latency to hold; 0 = off
+    transition_frames: int = 0  # a new prompt fades in over so many frames
+    transition: str = "linear"
 
     def __post_init__(self):
-        multiples = {"steps": 1, "seed": 1, "max_skipped": 1, "embeds_every": 1, "width": SIZE_MULTIPLE, "height": SIZE_MULTIPLE}
+        whole = ("steps", "seed", "max_skipped", "embeds_every", "transition_frames")
+        multiples = dict.fromkeys(whole, 1) | {"width": SIZE_MULTIPLE, "height": SIZE_MULTIPLE}
         for name in (field.name for field in dataclasses.fields(self)):
             value = getattr(self, name)
             if name in CHOICES:
                 value = _choice(name, value)
+            elif name in SWITCHES:
+                value = _switch(name, value)
             elif name not in LIMITS:
                 value = _text(name, value)
             elif not (name in ("width", "height") and value is None):
@@ -114,6 +155,22 @@ class EditParams:
         return EditParams.from_dict({**dataclasses.asdict(self), **changes})
 
 
+def output_size(images: list, params: EditParams, default_side: int, max_pixels: int) -> tuple[int, int]:
+    """The output's (width, height). Raises EditError on what cannot work, before a frame waits for its turn."""
+    least, most = PICTURES[params.mode]
+    if len(images) < least or len(images) > most:
+        allowed = f"{least}" if least == most else f"{least} to {most}"
+        raise EditError(f"{len(images)} pictures came. Allowed in mode {params.mode}: {allowed}.")
+    for image in images:
+        dtype, shape = getattr(image, "dtype", type(image).__name__), getattr(image, "shape", ())
+        if not (isinstance(image, np.ndarray) and dtype == np.uint8 and shape[2:] == (3,) and image.size):
+            raise EditError(f"A picture came as {dtype} {shape}. Allowed: a numpy array, uint8 (height, width, 3).")
+    width, height = params.width or default_side, params.height or default_side
+    if width * height > max_pixels:
+        raise EditError(f"The output would be {width}x{height}, {width * height:,} pixels. Allowed: {max_pixels:,}.")
+    return width, height
+
+
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """Load-time settings. A bad value raises ValueError."""
@@ -123,6 +180,12 @@ class EngineConfig:
     default_size: int | None = None  # output width and height when params leave them open; None = the model's own
     max_pixels: int = 2048 * 2048  # largest output, width * height
     fast_path: bool = True  # the pipeline's exact accelerations
+    pipelining: bool = (
+        True  # encode of the next frame and decode of the last beside the denoise, where the device allows
+    )
+    reuse_sessions: int = (
+        2  # that may hold keys and values of a frame at a time: 1 GB each for the real model at 512x512
+    )
 
     def __post_init__(self):
         sizes = range(int(LIMITS["width"][0]), int(LIMITS["width"][1]) + 1, SIZE_MULTIPLE)
@@ -130,6 +193,7 @@ class EngineConfig:
             ("max_sessions", self.max_sessions >= 1, "from 1"),
             ("idle_timeout_s", 0 < self.idle_timeout_s <= 1e6, "above 0, at most 1e6"),
             ("default_size", self.default_size in (None, *sizes), f"None, or a multiple of 16 in {sizes}"),
+            ("reuse_sessions", self.reuse_sessions >= 0, "from 0"),
             ("max_pixels", self.max_pixels >= sizes[0] ** 2, f"from {sizes[0] ** 2}"),
         ):
             if not good:

@@ -3,7 +3,23 @@
 import numpy as np
 import pytest
 
-from policies import embeds_anew, frame_rate, idle_sessions, next_session, similarity, skips, thumbnail
+from policies import (
+    HOLDER_IDLE_S,
+    changed_tokens,
+    embeds_anew,
+    frame_rate,
+    gives_way,
+    idle_sessions,
+    motion,
+    motion_strength,
+    next_session,
+    shown_ages,
+    similarity,
+    skips,
+    still_tokens,
+    take_at,
+    thumbnail,
+)
 
 
 def test_next_session_is_the_one_whose_last_service_lies_furthest_back():
@@ -78,3 +94,86 @@ def test_when_the_model_looks_anew():
     assert looks("fresh") and not looks("kept", frames=1000, alike=0.0)
     assert [looks("every", frames) for frames in (1, 2, 3)] == [False, False, True]
     assert looks("changed", alike=0.9) and not looks("changed", frames=1000, alike=0.96)
+
+
+def pixels(seed=0, noise=3.0, light=0.0) -> np.ndarray:
+    """A still picture of 96x128 as a camera sees it: noise by seed, brightness `light` levels up."""
+    rows, columns = np.mgrid[0:96, 0:128]
+    picture = (110 + 60 * np.sin(columns / 9) + 40 * np.cos(rows / 7))[..., None].repeat(3, axis=2)
+    return (picture + light + np.random.default_rng(seed).normal(0, noise, picture.shape)).clip(0, 255).astype(np.uint8)
+
+
+def with_block(picture: np.ndarray, row: int, column: int, side=16, levels=40) -> np.ndarray:
+    changed = picture.astype(int)
+    changed[row : row + side, column : column + side] -= levels
+    return changed.clip(0, 255).astype(np.uint8)
+
+
+def test_a_token_has_changed_from_the_threshold_on_and_so_have_its_eight_neighbours():
+    before = pixels(noise=0)
+    after = with_block(before, 32, 48, levels=5)
+    assert not changed_tokens(after, before, 5.1).any()
+    changed = changed_tokens(after, before, 5.0)
+    assert changed.shape == (6, 8) and changed.dtype == bool and changed.sum() == 9
+    assert changed[1:4, 2:5].all(), "token (2, 3) and those around it"
+    corner = changed_tokens(with_block(before, 0, 0, levels=50), before, 6.0)
+    assert corner.sum() == 4 and corner[:2, :2].all()
+
+
+def test_camera_noise_changes_no_token_and_a_cut_changes_all():
+    assert not changed_tokens(pixels(1), pixels(2), 6.0).any()
+    assert changed_tokens(pixels(1), 255 - pixels(1), 6.0).mean() > 0.9
+
+
+def test_each_difference_counts_in_both_directions():
+    dark, light = np.zeros((32, 32, 3), np.uint8), np.full((32, 32, 3), 255, np.uint8)
+    assert changed_tokens(dark, light, 255.0).all() and changed_tokens(light, dark, 255.0).all()
+
+
+def test_what_is_still_is_still_through_noise_and_flicker_of_the_light_and_an_edge_that_moves_is_not():
+    assert still_tokens(pixels(1), pixels(2, light=0.6)).min() == 1.0
+    still = still_tokens(with_block(pixels(1), 36, 52, side=4, levels=60), pixels(2))
+    assert still.shape == (6, 8) and still.dtype == np.float32
+    assert still[1:4, 2:5].max() == 0.0 and still[0].min() == still[:, 6:].min() == 1.0
+    between = still_tokens(pixels(1, noise=0, light=4.5), pixels(1, noise=0))
+    assert between == pytest.approx(np.full((6, 8), 0.5), abs=0.34), "it fades out between the two limits"
+
+
+def test_motion_is_the_root_mean_square_difference():
+    still = np.zeros((64, 64, 3), np.float32)
+    half = still.copy()
+    half[:32] = 10.0
+    assert motion(still, still) == 0.0 and motion(half, still) == pytest.approx(10 / 2**0.5)
+
+
+def test_the_strength_follows_the_formula_of_the_paper():
+    assert motion_strength([0.0], 1.0) == 1.0, "a still scene keeps all"
+    assert motion_strength([10.0, 20.0, 5.0], 1.0, rate=0.5, scale=40.0) == pytest.approx(0.5 * (1 - 0.5) + 0.5)
+    assert motion_strength([99.0], 0.4, rate=0.25, scale=40.0) == pytest.approx(0.75 * 0.4), "clipped at full motion"
+    assert motion_strength([], 0.6, rate=1.0) == 1.0
+    strength = 1.0
+    for _ in range(10):
+        strength = motion_strength([50.0], strength)
+    assert strength < 0.01, "it goes to zero while the motion lasts"
+
+
+def test_a_place_for_a_token_cache_is_given_up_only_by_who_does_not_use_it():
+    assert gives_way({}, 2, 100.0) == (True, None)
+    assert gives_way({1: 99.0, 2: 98.0}, 2, 100.0) == (False, None), "both are at work"
+    assert gives_way({1: 99.0, 2: 100.0 - HOLDER_IDLE_S}, 2, 100.0) == (True, 2)
+    assert gives_way({1: 10.0, 2: 20.0}, 2, 100.0) == (True, 1), "the one unused for longest"
+    assert gives_way({}, 0, 100.0) == (False, None)
+
+
+def test_what_is_seen_ages_until_the_next_picture_is_there():
+    steady = [(i / 10 + 0.2, i / 10) for i in range(50)]  # 10 frames a second, each 200 ms old when it is shown
+    ages = shown_ages(steady, 5.1)
+    assert ages.min() == pytest.approx(0.2, abs=0.01) and ages.max() == pytest.approx(0.3, abs=0.01)
+    assert np.median(ages) == pytest.approx(0.25, abs=0.02)
+    repeated = [(i / 10 + 0.2, 0.0) for i in range(50)]
+    assert shown_ages(repeated, 5.1).max() > 4.9, "a repeated picture is as old as its frame"
+    assert shown_ages([], 1.0).size == shown_ages(steady[:1], 1.0).size == shown_ages(steady, 100.0).size == 0
+
+
+def test_the_next_frame_is_taken_as_late_as_its_encode_allows():
+    assert take_at(10.0, 0.0) < 10.0 and take_at(10.0, 0.02) < take_at(10.0, 0.01) - 0.01

@@ -151,6 +151,12 @@ def engine(fake):
         *(({"fit": bad}, "crop, pad") for bad in ("stretch", "", None, 1, ["crop"], np.array(["crop"]))),
         ({"mode": "composite"}, "edit, blend, references"),
         ({"reference_area": 1024}, "output, stock"),
+        *(({"stream_batch": bad}, "true, false") for bad in (1, 0, "true", None, 1.0)),
+        *(({"transition_frames": bad}, "whole number from 0 to 120") for bad in (-1, 121, 1.5, True)),
+        ({"start_from_previous": 0.95}, "number from 0.0 to 0.9"),
+        ({"cfg_mode": "self"}, "full, none, batched, self_negative, onetime_negative"),
+        ({"reuse": True}, "off, steps, frames"),
+        ({"transition": "sudden"}, "linear, spherical"),
     ],
 )
 def test_a_bad_setting_is_refused_by_name_with_what_came_and_what_is_allowed(changes, allowed):
@@ -195,7 +201,7 @@ def test_settings_are_kept_in_one_form_and_frozen():
 @pytest.mark.parametrize(
     "bad",
     [{"max_sessions": 0}, {"idle_timeout_s": 0}, {"idle_timeout_s": float("nan")}, {"idle_timeout_s": 1e9},
-     {"default_size": 250}, {"default_size": 4096}, {"max_pixels": 1}],
+     {"default_size": 250}, {"default_size": 4096}, {"max_pixels": 1}, {"reuse_sessions": -1}],
 )  # fmt: skip
 def test_a_bad_engine_config_raises_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
@@ -448,7 +454,8 @@ def test_a_pipeline_that_cannot_start_says_so_to_the_starter(fake):
         engine.start()
     assert not engine._thread.is_alive()
     with RealtimeEngine(fake, EngineConfig(fast_path=False)) as engine:
-        assert engine.description == {"model": "fake", "default_size": 64, "fast_path": []}
+        pipelining = {"applied": False, "reason": "a device of the kind cpu does one thing at a time"}
+        assert engine.description == {"model": "fake", "default_size": 64, "fast_path": [], "pipelining": pipelining}
 
 
 # Cancel and close
@@ -677,6 +684,9 @@ def test_stats_count_what_happened(fake):
         assert stats.fps == pytest.approx(10) and stats.frames == 10 and stats.sessions == 1
         assert stats.latency_p50_ms == pytest.approx(100) and stats.latency_p95_ms == pytest.approx(100)
         assert set(stats.stages_ms) == set(STAGES) and stats.cache_summary == fake.cache_summary()
+        assert stats.age_p50_ms == pytest.approx(150, abs=3), "100 ms old when it is shown, 200 when the next one is there"
+        assert stats.age_p95_ms == pytest.approx(195, abs=5)
+        assert (stats.skip_rate, stats.computed, stats.cache_hits, stats.pace) == (0.0, 1.0, 0.0, ())
         clock.now += 100
         assert engine.stats().fps == 0
     assert engine.description["fast_path"] == [{"name": "vae", "applied": True, "reason": "one frame"}]
@@ -788,7 +798,7 @@ def test_a_similar_frame_repeats_the_last_picture_and_costs_no_model_work(fake):
         assert np.array_equal(results[1].image, results[0].image) and results[1].number == 2
         assert set(results[1].stages_ms) == set(STAGES) and results[1].stages_ms["denoise"] == 0
         stats = engine.stats()
-        assert (stats.frames, stats.skipped) == (3, 1)
+        assert (stats.frames, stats.skipped, stats.skip_rate) == (3, 1, pytest.approx(1 / 3))
         assert min(stats.stages_ms[stage] for stage in ("total", "prepare")) > 0
 
 
@@ -868,4 +878,4 @@ def test_a_closed_session_holds_no_embeddings(fake):
         serve(session, (grey(), edit()))
         assert session._memory.embeds is not None
         session.close()
-        assert session._memory.embeds is None and session._memory.image is None
+        assert session._memory.embeds is None and session._memory.newest is None

@@ -1,0 +1,97 @@
+"""The engine on a GPU: streams that wait for each other, pictures that are those of one stage after the other."""
+
+import numpy as np
+import pytest
+import torch
+from test_engine_pipelining import backlog
+from test_engine_stream_batch import stream
+from test_qwen_realtime import PATIENCE_S
+
+from qwen_realtime import STAGES, EditParams, EngineConfig, RealtimeEngine
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+PARAMS = EditParams("make it sepia", width=256, height=256, steps=2, seed=1)
+ROUNDS = 12
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    from cached_pipeline import load_pipeline
+
+    return load_pipeline("pocket", device="cuda")
+
+
+def psnr_db(one: np.ndarray, other: np.ndarray) -> float:
+    error = np.square(one.astype(np.float32) - other).mean() / 255**2
+    return 100.0 if error == 0 else float(-10 * np.log10(error))
+
+
+def rounds(engine, photo, settings) -> list[list[np.ndarray]]:
+    """One picture after the other through all sessions at once; every few rounds the picture changes."""
+    sessions = [engine.open_session() for _ in settings]
+    images = []
+    for turn in range(ROUNDS):
+        frame = photo(256, 256, turn // 3)
+        results = backlog(engine, None, [(s, frame, p) for s, p in zip(sessions, settings, strict=True)])
+        assert all(result.error is None for result in results), [str(result.error) for result in results]
+        images.append([result.image for result in results])
+    for session in sessions:
+        session.close()
+    return images
+
+
+def test_overlapped_pictures_are_those_of_one_stage_after_the_other(pipe, photo):
+    settings = [
+        PARAMS,
+        PARAMS.replace(
+            prompt="make it a pencil sketch", seed=2, start_from_previous=0.3, blend_still=0.6, motion_aware=True
+        ),
+        PARAMS.replace(prompt="turn it into a watercolour", seed=3, reuse="frames", embeds="changed"),
+    ]
+    with RealtimeEngine(pipe, EngineConfig(pipelining=False)) as engine:
+        assert not engine.description["pipelining"]["applied"]
+        expected = rounds(engine, photo, settings)
+    with RealtimeEngine(pipe) as engine:
+        assert engine.description["pipelining"]["applied"]
+        found = rounds(engine, photo, settings)
+    for turn, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+        for which, (image, other) in enumerate(zip(mine, theirs, strict=True)):
+            assert psnr_db(image, other) > 45, (turn, which, psnr_db(image, other))
+
+
+def test_a_stream_batch_gives_the_pictures_of_frames_alone(pipe, photo):
+    frames = [photo(256, 256, seed) for seed in range(6)]
+    with RealtimeEngine(pipe) as engine:
+        alone = [engine.edit([frame], PARAMS, timeout=PATIENCE_S).image for frame in frames]
+        with engine.open_session() as session:
+            results = stream(session, [(frame, PARAMS.replace(stream_batch=True)) for frame in frames])
+    for result, image in zip(results, alone, strict=True):
+        assert psnr_db(result.image, image) > 38, psnr_db(result.image, image)
+
+
+def test_embeddings_from_the_background_arrive_and_are_those_of_their_picture(pipe, photo):
+    params = PARAMS.replace(embeds="every", embeds_every=1, embeds_background=True)
+    with RealtimeEngine(pipe) as engine, engine.open_session() as session:
+        picture = photo(256, 256, 1)
+        session.result(session.submit([photo(256, 256, 2)], params), PATIENCE_S)
+        first = session._memory.embeds
+        results = [session.result(session.submit([picture], params), PATIENCE_S) for _ in range(6)]
+        renewed = session._memory.embeds
+        assert renewed is not first, "a renewal came through"
+        fresh = engine.edit([picture], params.replace(embeds="fresh", embeds_background=False), timeout=PATIENCE_S)
+    assert psnr_db(results[-1].image, fresh.image) > 40
+
+
+def test_stages_are_measured_and_a_failed_frame_leaves_the_next_one_whole(pipe, photo, monkeypatch):
+    with RealtimeEngine(pipe) as engine:
+        first = engine.edit([photo(256, 256)], PARAMS, timeout=PATIENCE_S)
+        assert min(first.stages_ms[stage] for stage in STAGES) > 0
+        with engine.open_session() as session, engine.open_session() as other:
+            with monkeypatch.context() as broken:
+                broken.setattr(pipe, "encode_references", lambda *a, **o: torch.empty(2**46, device="cuda"))
+                (failed,) = backlog(engine, None, [(session, photo(256, 256), PARAMS)])
+            assert "Out of memory" in str(failed.error)
+            results = backlog(engine, None, [(s, photo(256, 256), PARAMS) for s in (session, other)])
+        for result in results:
+            assert psnr_db(result.image, first.image) > 45
