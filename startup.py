@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -194,8 +195,14 @@ def probe_hub(model: str) -> tuple[bool, bool]:
     return False, True
 
 
-def load_engine(holder: EngineHolder, options: argparse.Namespace) -> None:
-    """Chooses, loads, warms up; tells the holder. Runs in its own thread: nothing here may raise."""
+def start_engine(pipeline, config: EngineConfig) -> RealtimeEngine:
+    return RealtimeEngine(pipeline, config).start()
+
+
+def load_engine(holder: EngineHolder, options: argparse.Namespace, start: Callable = start_engine) -> None:
+    """Chooses, loads, warms up; tells the holder. Runs in its own thread: nothing here may raise. `start` makes the
+    engine of the loaded pipeline and an EngineConfig.
+    """
     try:
         holder.progress("Looking at this machine", 0.01)
         automatic = options.model == "auto"
@@ -205,20 +212,20 @@ def load_engine(holder: EngineHolder, options: argparse.Namespace) -> None:
             options.model, options.lora, gpu_memory_gb=gpu_gb, at_hand=at_hand, downloadable=downloadable
         )
         try:
-            _load_choice(holder, options, choice)
+            _load_choice(holder, options, choice, start)
         except Exception as error:
             if not automatic or choice.model == "pocket":
                 raise
             log.exception("%s could not be loaded", choice.model)
             why = f"{choice.model} could not be loaded ({_first_line(error)}), so the pocket model runs instead."
-            _load_choice(holder, options, ModelChoice("pocket", None, why, choice.how_to_get_other))
+            _load_choice(holder, options, ModelChoice("pocket", None, why, choice.how_to_get_other), start)
     except Exception as error:
         why = _first_line(error)
         log.error("the model could not be loaded: %s", why, exc_info=not isinstance(error, EditError))
         holder.fail(why)
 
 
-def _load_choice(holder: EngineHolder, options: argparse.Namespace, choice: ModelChoice) -> None:
+def _load_choice(holder: EngineHolder, options: argparse.Namespace, choice: ModelChoice, start: Callable) -> None:
     holder.choice = asdict(choice)
     log.info("model: %s, LoRA: %s. %s %s", choice.model, choice.lora, choice.reason, choice.how_to_get_other)
     started = time.monotonic()
@@ -238,10 +245,11 @@ def _load_choice(holder: EngineHolder, options: argparse.Namespace, choice: Mode
         dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
         progress=lambda text, fraction: holder.progress(text, 0.1 + 0.8 * fraction),
     )
-    engine = RealtimeEngine(pipeline, EngineConfig(max_sessions=options.max_sessions)).start()
-    holder.progress("Editing a first picture", 0.95, warming=True)
-    grey = np.full((engine.default_size, engine.default_size, 3), 128, np.uint8)
-    engine.edit([grey], EditParams(prompt="keep it unchanged"))  # pays once what the first person would wait for
+    engine = start(pipeline, EngineConfig(max_sessions=options.max_sessions))
+    if isinstance(engine, RealtimeEngine):
+        holder.progress("Editing a first picture", 0.95, warming=True)
+        grey = np.full((engine.default_size, engine.default_size, 3), 128, np.uint8)
+        engine.edit([grey], EditParams(prompt="keep it unchanged"))  # pays once what the first person would wait for
     holder.ready(engine)
     log.info("ready after %.1f s: %s", time.monotonic() - started, engine.description)
 

@@ -37,6 +37,21 @@ MEANINGS = {  # of the EditParams
     "embeds": "Live views: when the vision-language model looks at a frame anew.",
     "embeds_every": "With embeds every: each so many frames.",
     "embeds_threshold": "With embeds changed: the likeness below which it looks anew.",
+    "embeds_background": "Live views: a new look at the frame is taken beside the frames; until it is there the last one serves.",
+    "cfg_mode": "How guidance is computed where cfg_scale is above 1. full and batched give equal results; "
+    "self_negative and onetime_negative are cheaper and approximate; none turns guidance off.",
+    "cfg_delta": "With cfg_mode self_negative or onetime_negative: magnitude of the residual noise.",
+    "stream_batch": "Live views: frames at different steps go through the model together. A frame for each pass, shown later.",
+    "start_from_previous": "Live views: share of the way at which a frame starts from the last result. More is steadier.",
+    "blend_still": "Live views: share of the last result that is kept where the picture is still.",
+    "motion_aware": "Live views: start_from_previous and blend_still fall with the motion in the picture.",
+    "reuse": "Live views, approximate. steps: the references are read once for all steps; frames: also only what changed is computed.",
+    "reuse_threshold": "With reuse frames: mean difference of a 16x16 token's pixels (0 to 255) from which it counts as changed.",
+    "reuse_most": "With reuse frames: above this share of changed tokens the whole frame is computed.",
+    "target_fps": "Live views: the rate to hold, 0 = off. Steps, size, stream batch and reuse are then chosen to hold it.",
+    "latency_budget_ms": "Live views: the latency to hold in milliseconds, 0 = off. With target_fps both are held.",
+    "transition_frames": "Live views: a new prompt fades in over so many frames.",
+    "transition": "How it fades: straight between the two embeddings, or along the arc.",
 }
 MULTIPLES = {"width": SIZE_MULTIPLE, "height": SIZE_MULTIPLE}
 PICTURE = {
@@ -162,7 +177,7 @@ def _edit_operation() -> dict:
 
 
 def _schemas() -> dict:
-    kinds = sorted({*KINDS.values(), *FAILURES, "loading", "failed_to_load"})
+    kinds = sorted({*KINDS.values(), *FAILURES, "loading", "failed_to_load", "page_only"})
     number, whole = {"type": "number"}, {"type": "integer"}
     answer = {
         "image": {"type": "string", "contentEncoding": "base64"},

@@ -326,13 +326,15 @@ class EditDesk:
 
 
 def ready_engine(holder: EngineHolder):
-    """The engine; Refusal 503 while there is none."""
+    """The engine; Refusal 503 while there is none, and where only the page may use it."""
     status = holder.status()
     if status["state"] == "loading":
         text = f"The model is loading ({status['fraction']:.0%}: {status['text']}). Try again shortly."
         raise Refusal(503, text, kind="loading", retry_after_s=5)
     if status["state"] == "failed":
         raise Refusal(503, f"The model could not be loaded: {status['text']}", kind="failed_to_load")
+    if holder.page_only:
+        raise Refusal(503, holder.page_only, kind="page_only")
     return holder.engine
 
 

@@ -16,6 +16,7 @@ class EngineHolder:
         self._engine = engine
         self._state = self._phase = "loading" if engine is None else "ready"
         self._text, self._fraction = ("Starting", 0.0) if engine is None else ("Ready", 1.0)
+        self.page_only = ""  # why only the page may edit, where that is so: see `webui.zero`
         self.choice = choice or {}  # which model and why: {"model", "lora", "reason", "how_to_get_other"}
 
     @property

@@ -89,6 +89,7 @@ class StatusDesk:
 
 def _engine_lines(stats) -> list[str]:
     latency = {"0.5": stats.latency_p50_ms, "0.95": stats.latency_p95_ms}
+    ages = {"0.5": stats.age_p50_ms, "0.95": stats.age_p95_ms}
     caches = stats.cache_summary
     lines = [
         *family("frames_total", "counter", "Pictures delivered.", stats.frames),
@@ -102,7 +103,11 @@ def _engine_lines(stats) -> list[str]:
         ),
         *family("sessions", "gauge", "Open sessions of the engine.", stats.sessions),
         *family("frames_per_second", "gauge", "Of all sessions together.", stats.fps),
+        *family("skip_rate", "gauge", "Share of the delivered pictures that repeat the last.", stats.skip_rate),
+        *family("computed_share", "gauge", "Mean share of the tokens that were computed, not reused.", stats.computed),
+        *family("cache_hit_rate", "gauge", "Share of the look-ups in all caches.", stats.cache_hits),
         *family("latency_milliseconds", "gauge", "Submit to done, of the last frames.", by("quantile", latency)),
+        *family("frame_age_milliseconds", "gauge", "Of what people see, at any moment.", by("quantile", ages)),
         *family("stage_milliseconds", "gauge", "Mean of the last frames.", by("stage", stats.stages_ms)),
     ]
     if stats.memory:

@@ -104,9 +104,11 @@ def test_metrics_are_prometheus_text_and_count_what_happened(engine):
     names = {re.split("[{]", name)[0].removeprefix(prefix) for name in after}
     assert names >= {
         "errors_total", "dropped_total", "sessions", "live_sessions", "queue_length", "stage_milliseconds",
-        "latency_milliseconds", "resident_memory_bytes", "frames_per_second",
+        "latency_milliseconds", "resident_memory_bytes", "frames_per_second", "frame_age_milliseconds", "skip_rate",
+        "computed_share", "cache_hit_rate",
     }  # fmt: skip
     assert after[prefix + 'stage_milliseconds{stage="total"}'] > 0
+    assert (after[prefix + "skip_rate"], after[prefix + "computed_share"]) == (0, 1)
 
 
 def test_metrics_are_there_before_the_model_is():

@@ -4,55 +4,33 @@ one photograph. What the page gives back is measured against the answer that `po
 Nothing sleeps: every wait is on a condition with a time limit that only a failure reaches."""
 
 import argparse
-import base64
 import io
 import re
-import shutil
 import socket
-import subprocess
-import sys
-import time
+import zipfile
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-import skimage
 import torch
+from page import CUT, PRESETS, UNNAMED, answer, assert_edited, held_out, pixels, psnr
 from PIL import Image
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 from test_server import StubPipeline
 
 from images import blend, encode_png, fit, open_image
-from pocket_model.edits import EDITS, preset_prompts
 from qwen_realtime import EditParams, EditResult
 from server import EngineHolder, output_size
 from startup import REAL_LORA, REAL_MODEL, choose_model
-from webui_realtime import (
-    edit_params,
-    launch,
-    load_engine,
-    main,
-    parse_args,
-    preset_chips,
-    save_png,
-)
+from webui.collage import collage
+from webui.controls import edit_params
+from webui.parts import preset_chips
+from webui.work import save_png
+from webui_realtime import launch, load_engine, main, parse_args
 
-ROOT = Path(__file__).resolve().parent.parent
-PRESETS = dict(preset_prompts())  # label -> prompt
+pytest_plugins = ["page"]
 SERVED_WITHIN_S = 20
-PATIENCE_S = 90  # no claim: only how long a broken page may hang before the test fails
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--use-fake-device-for-media-stream",
-    "--use-fake-ui-for-media-stream",
-    "--disable-background-networking",
-    "--no-first-run",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 # The choice of the model
@@ -136,9 +114,9 @@ def test_when_the_automatic_choice_cannot_be_loaded_the_pocket_model_runs_and_th
     assert holder.choice["model"] == "pocket" and "no room" in holder.choice["reason"]
 
 
-def test_a_locked_seed_stays_and_an_open_one_is_drawn(photo):
+def test_a_locked_seed_stays_and_an_open_one_is_drawn():
     def seed(locked):
-        return edit_params("x", "edit", 0.5, photo(64, 64), 256, [2, 0, "keep", 7, locked, 1.0, ""]).seed
+        return edit_params("x", (64, 64), 256, [2, 0, "keep", 7, locked, 1.0, ""]).seed
 
     assert {seed(True) for _ in range(5)} == {7}
     assert len({seed(False) for _ in range(5)}) == 5
@@ -152,8 +130,8 @@ def test_a_locked_seed_stays_and_an_open_one_is_drawn(photo):
         (128, "pad", (128, 128, "pad")),
     ],
 )
-def test_size_and_shape_give_the_output(photo, size, shape, expected):
-    params = edit_params("x", "edit", 0.5, photo(320, 200), 256, [2, size, shape, 0, True, 1.0, ""])
+def test_size_and_shape_give_the_output(size, shape, expected):
+    params = edit_params("x", (320, 200), 256, [2, size, shape, 0, True, 1.0, ""])
     assert (params.width, params.height, params.fit) == expected
 
 
@@ -171,170 +149,6 @@ def test_each_tab_offers_the_presets_for_its_number_of_pictures():
     single, pair = preset_chips(1), preset_chips(2)
     assert len(single) >= 20 and len(pair) >= 4
     assert sorted(chip["label"] for chip in single + pair) == sorted(PRESETS)
-
-
-# Pictures and their answers
-
-
-def held_out(name: str, width: int = 256, height: int = 256) -> np.ndarray:
-    """A photograph of scikit-image that the pocket model has not seen in training."""
-    return fit(open_image((Path(skimage.__file__).parent / "data" / name).read_bytes()), width, height)
-
-
-def answer(name: str, *pictures: np.ndarray) -> np.ndarray:
-    edit = next(edit for edit in EDITS if edit.name == name)
-    tensors = [torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255 for picture in pictures]
-    return (edit.answer(*tensors)[0].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    return float(10 * np.log10(255**2 / max(np.mean((a.astype(float) - b.astype(float)) ** 2), 1e-9)))
-
-
-def assert_edited(output: np.ndarray, name: str, *pictures: np.ndarray, at_least_db: float = 18.0):
-    """The output is the computed answer and not the input. The model's own bar is 22 dB in the mean over photographs;
-    one photograph may lie below, and the camera's and the socket's JPEG cost a little more."""
-    right = answer(name, *pictures)
-    assert output.shape == right.shape
-    to_answer, to_inputs = psnr(output, right), [psnr(output, picture) for picture in pictures]
-    assert to_answer >= at_least_db, f"{name}: {to_answer:.1f} dB to the answer, {to_inputs} to the input"
-    assert to_answer > max(to_inputs), f"{name}: {to_answer:.1f} dB to the answer, {to_inputs} to the input"
-
-
-def saturation(picture: np.ndarray) -> float:
-    return float((picture.max(2).astype(int) - picture.min(2)).mean())
-
-
-# The program and the browser
-
-
-class Program:
-    def __init__(self, log: Path):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}/"
-        self.log = log
-        started = time.monotonic()
-        command = [sys.executable, "webui_realtime.py", "--model", "pocket", "--port", str(self.port)]
-        with log.open("w") as out:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
-        self.await_answer()
-        self.served_after_s = time.monotonic() - started
-
-    def await_answer(self):
-        while True:
-            assert self.process.poll() is None, self.log.read_text()
-            try:
-                if httpx.get(self.url, timeout=5).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-
-    def health(self) -> dict:
-        return httpx.get(self.url + "health", timeout=PATIENCE_S).json()
-
-    def until(self, condition, what: str) -> dict:
-        end = time.monotonic() + PATIENCE_S
-        while not condition(health := self.health()):
-            assert time.monotonic() < end, f"never came true: {what}. {health}"
-        return health
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    program = Program(tmp_path_factory.mktemp("program") / "log.txt")
-    yield program
-    program.process.terminate()
-    program.process.wait(PATIENCE_S)
-
-
-@pytest.fixture(scope="module")
-def ready(program):
-    program.until(lambda health: health["state"] == "ready", "the model is loaded")
-    return program
-
-
-@pytest.fixture(scope="module")
-def camera() -> np.ndarray:
-    return held_out("coffee.png")
-
-
-@pytest.fixture(scope="module")
-def browser(camera, tmp_path_factory):
-    assert CHROMIUM, "the page's tests need Chromium: apt-get install chromium"
-    film = io.BytesIO()
-    Image.fromarray(camera).save(film, "JPEG", quality=95)
-    file = tmp_path_factory.mktemp("camera") / "camera.mjpeg"
-    file.write_bytes(film.getvalue() * 4)
-    with sync_playwright() as playwright:
-        flags = [*FLAGS, f"--use-file-for-fake-video-capture={file}"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_page(browser):
-    """open_page(url, init script, **context options) -> a page; no page may write an error to the console."""
-    contexts, errors = [], []
-
-    def open_page(url: str, script: str = "", **options) -> Page:
-        options = {"viewport": {"width": 1280, "height": 900}} | options
-        context = browser.new_context(**options)
-        contexts.append(context)
-        context.set_default_timeout(PATIENCE_S * 1000)
-        page = context.new_page()
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.add_init_script(script)
-        page.goto(url)
-        page.wait_for_selector(".live")
-        return page
-
-    expect.set_options(timeout=PATIENCE_S * 1000)
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert not errors, errors
-
-
-def live(page: Page, name: str) -> str:
-    return page.locator(".live").get_attribute(f"data-{name}")
-
-
-def frames(page: Page) -> int:
-    return int(live(page, "frames"))
-
-
-def await_frames(page: Page, more: int, prompt: str | None = None):
-    """Until `more` further frames have been shown, and one with this prompt."""
-    page.wait_for_function(
-        "([least, prompt]) => { const data = document.querySelector('.live').dataset;"
-        " return Number(data.frames) >= least && (prompt === null || data.prompt === prompt); }",
-        arg=[frames(page) + more, prompt],
-    )
-
-
-def pixels(page: Page, selector: str) -> np.ndarray:
-    """What the <video> or <canvas> shows, at its own size, uint8 (H, W, 3)."""
-    url = page.evaluate(
-        """(selector) => {
-        const from = document.querySelector(selector), to = document.createElement("canvas");
-        to.width = from.videoWidth || from.width;
-        to.height = from.videoHeight || from.height;
-        to.getContext("2d").drawImage(from, 0, 0);
-        return to.toDataURL("image/png");
-    }""",
-        selector,
-    )
-    return open_image(base64.b64decode(url.partition(",")[2]))
-
-
-def start_live(page: Page, preset: str = "Black and white"):
-    page.locator(".live").get_by_role("button", name=preset, exact=True).click()
-    page.get_by_role("button", name="Start", exact=True).click()
-    await_frames(page, 1)
 
 
 def open_tab(page: Page, name: str):
@@ -369,18 +183,6 @@ def press_edit(page: Page, panel) -> np.ndarray:
     raise AssertionError(f"the download {download.value.suggested_filename} is not the result with seed {seed}")
 
 
-# What is wrong with the page as it stands, as lists of tags
-UNNAMED = """() => [...document.querySelectorAll("button, input, select, textarea, [role=slider], [role=tab], video, canvas")]
-    .filter((each) => each.offsetParent && each.type !== "file" && !each.closest("[aria-hidden=true]"))
-    .filter((each) => !(each.getAttribute("aria-label") || each.getAttribute("aria-labelledby") || each.title ||
-        each.innerText?.trim() || each.querySelector("img[alt]:not([alt=''])") || [...(each.labels || [])].some((label) => label.innerText.trim())))
-    .map((each) => each.outerHTML.slice(0, 200))"""
-CUT = """() => [...document.querySelectorAll("button, .message, .truth dd, h1, label")]
-    .filter((each) => each.offsetParent && !each.closest(".chips"))
-    .filter((each) => { const box = each.getBoundingClientRect(); return box.right > innerWidth + 1 || box.left < -1; })
-    .map((each) => each.outerHTML.slice(0, 200))"""
-
-
 # The page
 
 
@@ -398,124 +200,6 @@ def test_the_page_tells_how_loading_goes_what_runs_and_why(program, open_page):
     page.get_by_text("Why this model?").click()
     assert "--model pocket" in header.inner_text() and REAL_MODEL in header.inner_text()
     assert "The pocket model was asked for" in program.log.read_text()
-
-
-def test_live_shows_edited_frames_follows_the_prompt_and_stops(ready, open_page, camera):
-    page = open_page(ready.url)
-    start_live(page, "Black and white")
-    await_frames(page, 2)
-    seen = pixels(page, ".camera")
-    assert psnr(seen, camera) > 25, "the browser's camera shows another picture than the test's"
-    output = pixels(page, ".edited")
-    assert output.shape == (256, 256, 3)
-    assert saturation(output) < 0.15 * saturation(seen), (saturation(output), saturation(seen))
-    assert_edited(output, "black and white", camera)
-
-    # A new prompt: the frame that is in the model may still come with the old one, the next has the new one.
-    page.evaluate("""() => {
-        const root = document.querySelector(".live");
-        window.shown = [];
-        new MutationObserver(() => window.shown.push([performance.now(), root.dataset.prompt]))
-            .observe(root, {attributes: true, attributeFilter: ["data-frames"]});
-    }""")
-    page.locator(".live").get_by_role("button", name="Negative", exact=True).click()
-    new = page.get_by_label("Prompt", exact=True).first.input_value()
-    assert new == PRESETS["Negative"]
-    await_frames(page, 1, prompt=new)
-    shown = page.evaluate("window.shown")
-    old = [at for at, prompt in shown if prompt != new]
-    first_new = next(at for at, prompt in shown if prompt == new)
-    frame_s = ready.health()["stats"]["stages_ms"]["total"] / 1000
-    assert len(old) <= 2, shown  # one in the model, and one whose picture was on its way
-    # One second, where the machine can edit a frame in less; on a busier one, two frames.
-    assert (first_new - shown[0][0]) / 1000 <= max(1.0, 2 * frame_s), (shown, frame_s)
-    await_frames(page, 1)
-    assert_edited(pixels(page, ".edited"), "negative", camera)
-
-    # The line of truth.
-    expect(page.locator(".t-fps")).to_contain_text("frames/s")
-    expect(page.locator(".t-latency")).to_contain_text("ms")
-    expect(page.locator(".t-model")).to_contain_text("denoise")
-    expect(page.locator(".t-running")).to_contain_text("pocket on cpu, 256×256, 2 steps")
-
-    # Little moves (the test's camera shows one picture): the last result is shown again, and the page says so.
-    page.get_by_text("Advanced", exact=True).click()
-    page.get_by_label("When little moves").select_option("patch")
-    page.get_by_label("The language model looks at").select_option("kept")
-    ready.until(lambda health: health["stats"]["skipped"] > 3, "frames are skipped")
-    expect(page.locator(".t-dropped")).to_contain_text("shown again")
-    expect(page.locator(".t-model")).to_contain_text("denoise")
-    assert_edited(pixels(page, ".edited"), "negative", camera)
-
-    # Stop: the camera is let go, the session closed, nothing comes or goes any more.
-    track = page.evaluate_handle("document.querySelector('.camera').srcObject.getVideoTracks()[0]")
-    page.get_by_role("button", name="Stop", exact=True).click()
-    assert track.evaluate("track => track.readyState") == "ended"
-    assert page.evaluate("document.querySelector('.camera').srcObject") is None
-    ready.until(lambda health: health["stats"]["sessions"] == 0, "the session is closed")
-    at_stop = (live(page, "frames"), live(page, "sent"))
-    served = ready.health()["stats"]["frames"]
-    page.evaluate(
-        "() => new Promise(resolve => { let n = 60; const f = () => n-- ? requestAnimationFrame(f) : resolve(); f(); })"
-    )
-    assert (live(page, "frames"), live(page, "sent")) == at_stop and live(page, "state") == "idle"
-    assert ready.health()["stats"]["frames"] == served
-
-
-def test_live_settings_take_effect_while_it_runs(ready, open_page):
-    page = open_page(ready.url)
-    start_live(page)
-    seed = live(page, "seed")
-    page.get_by_role("button", name="New seed").click()
-    page.wait_for_function("seed => document.querySelector('.live').dataset.seed !== seed", arg=seed)
-    page.get_by_label("Size", exact=True).click()
-    page.get_by_role("option", name="128 × 128").click()
-    page.wait_for_function("document.querySelector('.edited').width === 128")
-    page.get_by_label("number input for Steps").fill("1")
-    page.get_by_label("number input for Steps").press("Enter")
-    expect(page.locator(".t-running")).to_contain_text("128×128, 1 step")
-    page.get_by_label("Prompt", exact=True).first.fill("   ")
-    expect(page.locator(".message")).to_contain_text("The prompt is empty")
-    await_frames(page, 2)  # it goes on with the last prompt
-    page.get_by_label("Prompt", exact=True).first.fill("make it a pencil sketch")
-    await_frames(page, 1, prompt="make it a pencil sketch")
-    expect(page.locator(".message")).to_be_hidden()
-
-
-def test_live_connects_again_by_itself_and_says_so(ready, open_page):
-    script = """
-        window.sockets = [];
-        const Plain = WebSocket;
-        window.WebSocket = class extends Plain { constructor(...args) { super(...args); window.sockets.push(this); } };
-        window.said = [];
-        addEventListener("DOMContentLoaded", () => new MutationObserver(() => {
-            const message = document.querySelector(".message");
-            if (message) window.said.push(message.textContent);
-        }).observe(document, {subtree: true, childList: true, attributes: true, characterData: true}));
-    """
-    page = open_page(ready.url, script)
-    start_live(page)
-    page.evaluate("window.sockets.filter(socket => socket.url.endsWith('/live')).at(-1).close()")
-    page.wait_for_function("window.said.some(text => text.includes('Connecting again'))")
-    await_frames(page, 2)
-    assert live(page, "state") == "running"
-    expect(page.locator(".message")).to_be_hidden()
-
-
-@pytest.mark.parametrize(
-    "script, says",
-    [
-        ("navigator.mediaDevices.getUserMedia = () => Promise.reject(new DOMException('', 'NotFoundError'))", "No camera"),
-        ("navigator.mediaDevices.getUserMedia = () => Promise.reject(new DOMException('', 'NotAllowedError'))", "not allowed"),
-        ("Object.defineProperty(Navigator.prototype, 'mediaDevices', {get: () => undefined})", "--ssl-certfile"),
-    ],
-    ids=["no camera", "denied", "not over https"],
-)  # fmt: skip
-def test_without_a_camera_the_page_says_what_to_do(program, open_page, script, says):
-    page = open_page(program.url, script)
-    page.get_by_role("button", name="Start", exact=True).click()
-    expect(page.locator(".message")).to_contain_text(says)
-    expect(page.get_by_role("button", name="Start", exact=True)).to_be_enabled()
 
 
 def test_upload_gives_the_right_edit_at_the_photos_shape(ready, open_page):
@@ -615,6 +299,199 @@ def test_composite_blends_then_edits_and_gives_both_as_references(ready, open_pa
     assert page.evaluate(UNNAMED) == []
 
 
+def test_several_photos_are_edited_in_a_row_each_result_is_kept_and_a_bad_one_is_told(ready, open_page):
+    photos = {"1.png": held_out("chelsea.png", 128, 128), "3.png": held_out("coffee.png", 128, 128)}
+    data = {"1.png": encode_png(photos["1.png"]), "2.png": b"no picture", "3.png": encode_png(photos["3.png"])}
+    page = open_page(ready.url)
+    panel = open_tab(page, "Upload")
+    page.get_by_label("Size", exact=True).click()
+    page.get_by_role("option", name="128 × 128").click()
+    panel.get_by_role("button", name="Negative", exact=True).click()
+    panel.get_by_text("Several photos in a row").click()
+    files = [{"name": name, "mimeType": "image/png", "buffer": content} for name, content in data.items()]
+    panel.locator("input[type=file]").last.set_input_files(files)
+    expect(panel.get_by_role("cell", name="3.png")).to_be_visible()  # all three are there
+    panel.get_by_role("button", name="Edit all").click()
+    expect(page.get_by_text("Photo 2 of 3 (2.png)").first).to_be_visible()
+    with page.expect_download() as download:
+        panel.get_by_role("button", name="Download all of them").click()
+    with zipfile.ZipFile(download.value.path()) as archive:
+        assert [name[:3] for name in archive.namelist()] == ["01-", "02-"]
+        for name, photo in zip(archive.namelist(), photos.values(), strict=True):
+            assert_edited(open_image(archive.read(name)), "negative", photo, at_least_db=16.0)
+    thumbnails = panel.locator(".area-kept .grid-container button")
+    expect(thumbnails).to_have_count(2)
+    text = panel.locator(".prose.result-text")
+    newest = text.inner_text()
+    thumbnails.first.click()
+    expect(text).not_to_have_text(newest)
+    assert page.evaluate(UNNAMED) == []
+
+
+def test_stop_ends_an_edit_within_a_step_and_the_next_one_works(ready, open_page):
+    page = open_page(ready.url)
+    panel = open_tab(page, "Upload")
+    choose_file(panel, 0, "cat.png", encode_png(held_out("chelsea.png")))
+    await_shown(panel, 0)
+    panel.get_by_role("button", name="Sepia", exact=True).click()
+    page.get_by_label("number input for Steps").fill("8")
+    page.get_by_label("number input for Steps").press("Enter")
+    page.get_by_label("Size", exact=True).click()
+    page.get_by_role("option", name="768 × 768").click()
+    stop = panel.get_by_role("button", name="Stop", exact=True)
+    expect(stop).to_be_disabled()
+    served = ready.health()["stats"]["frames"]
+    panel.get_by_role("button", name="Edit", exact=True).click()
+    expect(panel.get_by_text(re.compile(r"step \d of 8"))).to_be_visible()
+    stop.click()
+    expect(page.get_by_text("Stopped.").first).to_be_visible()
+    expect(stop).to_be_disabled()
+    health = ready.until(lambda health: health["stats"]["sessions"] == 0, "the session is closed")
+    assert health["stats"]["frames"] == served, "the edit went on to its end"
+    page.get_by_label("number input for Steps").fill("1")
+    page.get_by_label("number input for Steps").press("Enter")
+    page.get_by_label("Size", exact=True).click()
+    page.get_by_role("option", name="128 × 128").click()
+    assert press_edit(page, panel).shape == (128, 128, 3)
+
+
+def test_a_result_becomes_the_photo_and_dropped_later_offers_its_settings(ready, open_page, tmp_path):
+    page = open_page(ready.url)
+    panel = open_tab(page, "Upload")
+    choose_file(panel, 0, "cat.png", encode_png(held_out("chelsea.png")))
+    await_shown(panel, 0)
+    offer = panel.get_by_role("button", name="Use its settings")
+    expect(offer).to_be_hidden()
+    panel.get_by_role("button", name="Negative", exact=True).click()
+    page.get_by_label("number input for Steps").fill("3")
+    page.get_by_label("number input for Steps").press("Enter")
+    once = press_edit(page, panel)
+    panel.get_by_role("button", name="Use as the photo").click()
+    page.wait_for_function(
+        "() => document.querySelector('.area-source .image-container img')?.src.includes('invert-the-colors')"
+    )
+    assert_edited(press_edit(page, panel), "negative", once, at_least_db=15.0)
+
+    with page.expect_download() as download:
+        panel.get_by_role("button", name="Download PNG").click()
+    made = open_image(Path(download.value.path()).read_bytes())
+    seed = re.search(r"-(\d+)\.png", download.value.suggested_filename)[1]
+    page = open_page(ready.url)
+    panel = open_tab(page, "Upload")
+    drop = """(bytes) => {
+        const dataTransfer = new DataTransfer();
+        dataTransfer.items.add(new File([new Uint8Array(bytes)], "made.png", {type: "image/png"}));
+        document.querySelector(".area-source .image-container .upload-container")
+            .dispatchEvent(new DragEvent("drop", {dataTransfer, bubbles: true, cancelable: true}));
+    }"""
+    page.evaluate(drop, list(Path(download.value.path()).read_bytes()))
+    panel.get_by_role("button", name="Use its settings").click()
+    expect(panel.get_by_label("Prompt", exact=True)).to_have_value(PRESETS["Negative"])
+    expect(page.get_by_label("Seed", exact=True)).to_have_value(seed)
+    expect(page.get_by_label("number input for Steps")).to_have_value("3")
+    expect(page.get_by_label("Keep this seed")).to_be_checked()
+    expect(panel.get_by_role("button", name="Use its settings")).to_be_hidden()
+    assert_edited(press_edit_with_kept_seed(page, panel), "negative", made, at_least_db=15.0)
+
+
+def press_edit_with_kept_seed(page: Page, panel) -> np.ndarray:
+    button = panel.get_by_role("button", name="Download PNG")
+    panel.get_by_role("button", name="Edit", exact=True).click()
+    expect(button).to_be_enabled()
+    with page.expect_download() as download:
+        button.click()
+    return open_image(Path(download.value.path()).read_bytes())
+
+
+def test_a_collage_is_drawn_as_it_is_edited_moved_by_hand_and_edited_while_it_moves(ready, open_page):
+    first, second = held_out("chelsea.png"), held_out("coffee.png", 128, 128)
+    page = open_page(ready.url, viewport={"width": 1280, "height": 1500})
+    panel = open_tab(page, "Composite")
+    for index, picture in enumerate((first, second)):
+        choose_file(panel, index, f"{index}.png", encode_png(picture))
+        await_shown(panel, index)
+    canvas = panel.locator("canvas.flat")
+    expect(canvas).to_be_visible()
+    await_drawn(page, blend(first, second, 0.5))
+    panel.get_by_label("Collage, then edit").check()
+    across, down = (panel.get_by_label(f"number input for {name}") for name in ("Across", "Down"))
+    expect(across).to_be_visible()
+    place = {"across": 0.5, "down": 0.5, "scale": 0.4, "opacity": 1.0}
+    await_drawn(page, collage(first, second, **place))
+    panel.get_by_role("button", name="Negative", exact=True).click()
+    panel.get_by_label("Edit while I move things").check()
+    download = panel.get_by_role("button", name="Download PNG")
+    expect(download).to_be_enabled()  # the place that it has is edited at once
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    side = min(box["width"], box["height"])  # the canvas keeps the picture's shape, with bars
+    page.mouse.move(box["x"] + box["width"] / 2 + 0.25 * side, box["y"] + box["height"] / 2 - 0.2 * side, steps=5)
+    page.mouse.up()
+    expect(across).to_have_value("0.75")
+    expect(down).to_have_value("0.3")
+    canvas.press("ArrowLeft")
+    expect(across).to_have_value("0.73")
+    moved = collage(first, second, **place | {"across": 0.73, "down": 0.3})
+    await_drawn(page, moved)
+    result = """() => document.querySelector(".area-result img[alt='Edited picture']")?.src ?? null"""
+    last = None
+    for _ in range(20):  # edits of places on the way come first; the last is of the place where it rests
+        page.wait_for_function(f"last => ({result})() && ({result})() !== last", arg=last)
+        last = page.evaluate(result)
+        output = open_image(page.request.get(last).body())
+        if psnr(output, answer("negative", moved)) > 16:
+            break
+    assert_edited(output, "negative", moved, at_least_db=16.0)
+    assert page.evaluate(UNNAMED) == []
+
+    # Swapped, the second lies below.
+    panel.get_by_role("button", name="Swap the pictures").click()
+    await_drawn(page, collage(second, first, **place | {"across": 0.73, "down": 0.3}))
+
+
+def await_drawn(page: Page, right: np.ndarray):
+    """Until the preview shows this picture, within what two ways of resizing differ by."""
+    for _ in range(200):
+        shown = fit(pixels(page, "canvas.flat"), right.shape[1], right.shape[0])
+        difference = np.abs(shown.astype(int) - right).mean()
+        if difference < 3:
+            return
+        page.evaluate("() => new Promise(requestAnimationFrame)")
+    raise AssertionError(f"the preview differs by {difference:.1f} of 255 from what is edited")
+
+
+def test_the_names_of_the_pictures_are_put_into_the_prompt_where_the_cursor_is(program, open_page):
+    page = open_page(program.url)
+    panel = open_tab(page, "Composite")
+    panel.get_by_label("Both as references").check()
+    prompt = panel.get_by_label("Prompt", exact=True)
+    prompt.fill("put in the corner of")
+    for _ in range(len("in the corner of") + 1):
+        prompt.press("ArrowLeft")
+    panel.get_by_role("button", name="Name picture 2").click()
+    expect(prompt).to_have_value("put picture 2 in the corner of")
+    expect(prompt).to_be_focused()
+    prompt.press("End")
+    panel.get_by_role("button", name="Name picture 1").click()
+    expect(prompt).to_have_value("put picture 2 in the corner of picture 1")
+
+
+def test_the_camera_can_be_picture_1(ready, open_page, camera):
+    page = open_page(ready.url, viewport={"width": 1280, "height": 1200}, permissions=["camera"])
+    panel = open_tab(page, "Composite")
+    slot = panel.locator(".slot-1")
+    slot.get_by_role("button", name="Capture from camera").click()
+    slot.get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("() => document.querySelector('.slot-1 video')?.videoWidth > 0")
+    assert page.evaluate(UNNAMED) == []
+    slot.get_by_role("button", name="capture photo").click()
+    image = slot.locator("img").first
+    expect(image).to_be_visible()
+    shot = open_image(page.request.get(image.get_attribute("src")).body())
+    assert psnr(fit(shot, 256, 256), camera) > 20, "it is not what the camera shows, or mirrored"
+
+
 def test_a_copied_picture_can_be_pasted_anywhere(ready, open_page):
     page = open_page(ready.url)
     panel = open_tab(page, "Composite")
@@ -632,9 +509,11 @@ def test_a_copied_picture_can_be_pasted_anywhere(ready, open_page):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_control_has_a_name_and_nothing_is_cut_off(program, open_page, width, scheme):
     page = open_page(program.url, viewport={"width": width, "height": 844}, color_scheme=scheme)
-    for tab in ("Live", "Upload", "Composite"):
+    for tab in ("Live", "Upload", "Composite", "Video"):
         if tab != "Live":
-            open_tab(page, tab)
+            panel = open_tab(page, tab)
+            for closed in panel.locator(".label-wrap:not(.open)").all():
+                closed.click()
         assert page.evaluate(UNNAMED) == []
         assert page.evaluate(CUT) == []
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{tab} scrolls sideways"

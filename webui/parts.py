@@ -1,0 +1,168 @@
+"""What the tabs share: pictures that take any file, prompts with presets, Edit and Stop, the result's text and download,
+and the offer to take the settings over that a picture carries.
+"""
+
+import html
+from collections.abc import Callable
+from pathlib import Path
+
+import gradio as gr
+
+from images import EditError, encode_png
+from pocket_model.edits import EDITS, preset_prompts
+from qwen_realtime import EditParams
+from webui.controls import Settings, control_values
+from webui.work import Jobs, read_picture, settings_inside
+
+HERE = Path(__file__).resolve().parent
+SHOWN_BY_BROWSERS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif")
+EDITS_AT_A_TIME = 16  # waiting for the one inference thread, which is fair
+
+# On a phone the result lies below the button that makes it.
+SHOW_RESULT = """() => {
+  const shown = [...document.querySelectorAll(".area-result")].find((area) => area.offsetParent);
+  shown?.scrollIntoView({behavior: "smooth", block: "nearest"});
+}"""
+
+
+def asset(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def toast(error: EditError | str) -> None:
+    """Shows the text in a corner of the page; gr.Error would cover the last result."""
+    gr.Warning(html.escape(str(error)), duration=12)
+
+
+def preset_chips(pictures: int) -> list[dict]:
+    """The presets for that many pictures as {"label", "prompt"}. The real model understands them as well."""
+    known = {phrasing for edit in EDITS if edit.pictures == pictures for phrasing in edit.phrasings}
+    return [{"label": label, "prompt": prompt} for label, prompt in preset_prompts() if prompt in known]
+
+
+def create_chips(presets: list[dict], prompt: gr.Textbox) -> None:
+    chips = gr.HTML(
+        value="",
+        html_template=asset("chips.html"),
+        js_on_load=asset("chips.js"),
+        apply_default_css=False,
+        presets=presets,
+    )
+    chips.click(fn=None, js="(text) => text", inputs=chips, outputs=prompt, api_visibility="private")
+
+
+def create_picture(label: str, height: int, *, camera: bool) -> gr.Image:
+    picture = gr.Image(
+        label=label,
+        alt_text=label,
+        sources=["upload", "webcam", "clipboard"] if camera else ["upload", "clipboard"],
+        webcam_options=gr.WebcamOptions(mirror=False),
+        type="filepath",
+        height=height,
+        min_width=120,
+    )
+    take_file(picture)
+    return picture
+
+
+def take_file(component: gr.Image | gr.Video) -> None:
+    """The handlers get the uploaded file as it is. (A subclass would say the same, but Gradio writes a .pyi file beside
+    every module that has one.) Never answer such a component with gr.update or gr.skip: Gradio would build it anew.
+    """
+    component.preprocess = lambda payload: None if payload is None else payload.path
+
+
+def create_ask(name: str, jobs: Jobs) -> tuple[gr.Textbox, gr.Button, gr.Button]:
+    """The prompt, the button that edits and the one that stops it."""
+    with gr.Column(elem_classes="area-ask"):
+        placeholder = "Say what to change, or choose below."
+        prompt = gr.Textbox(label="Prompt", placeholder=placeholder, lines=1, max_lines=4)
+        with gr.Row(elem_classes="buttons"):
+            button = gr.Button("Edit", variant="primary", elem_id=f"{name}-edit", scale=3, min_width=120)
+            stop = gr.Button("Stop", variant="stop", elem_id=f"{name}-stop", interactive=False, scale=1, min_width=90)
+
+    def stop_job(request: gr.Request) -> None:
+        jobs.stop(request.session_hash, name)
+
+    stop.click(stop_job, api_visibility="private", show_progress="hidden", queue=False)
+    return prompt, button, stop
+
+
+def create_outcome(name: str, again_label: str) -> tuple[gr.DownloadButton, gr.Markdown, gr.Button]:
+    """What is below a result: its text, its file, and the button that takes it as the next edit's picture."""
+    text = gr.Markdown("The time it took and the seed will be written here.", elem_classes="result-text")
+    with gr.Row(elem_classes="buttons"):
+        download = gr.DownloadButton("Download PNG", interactive=False, min_width=140)
+        again = gr.Button(again_label, interactive=False, elem_id=f"{name}-again", min_width=140)
+    return download, text, again
+
+
+def on_edit(button: gr.Button, prompt: gr.Textbox, edit: Callable, inputs: list, outputs: list) -> None:
+    """Edit, by the button or by Enter in the prompt. The first of `outputs` shows the progress."""
+    gr.on(
+        [button.click, prompt.submit],
+        edit,
+        inputs,
+        outputs,
+        api_visibility="private",
+        show_progress_on=outputs[0],
+        concurrency_limit=EDITS_AT_A_TIME,
+        concurrency_id="edit",
+        trigger_mode="once",
+    )
+    button.click(fn=None, js=SHOW_RESULT, api_visibility="private")
+
+
+class Offer:
+    """Asks whether the settings that a picture carries shall be taken over; hidden until there are some."""
+
+    def __init__(self, prompt: gr.Textbox, settings: Settings):
+        self._found = gr.State()  # EditParams
+        with gr.Group(visible=False, elem_classes="offer") as self._box:
+            self._text = gr.Markdown()
+            with gr.Row(elem_classes="buttons"):
+                take = gr.Button("Use its settings", size="sm", variant="primary", min_width=120)
+                leave = gr.Button("No, only the picture", size="sm", min_width=120)
+        self.outputs = [self._found, self._box, self._text]
+
+        def use(params: EditParams | None):
+            if params is None:
+                return [gr.skip()] * (len(settings.all()) + 2)
+            return [gr.update(visible=False), params.prompt, *control_values(params)]
+
+        take.click(
+            use, self._found, [self._box, prompt, *settings.all()], api_visibility="private", show_progress="hidden"
+        )
+        leave.click(lambda: gr.update(visible=False), None, self._box, api_visibility="private", show_progress="hidden")
+
+    def answer(self, path: str | None) -> list:
+        """What `outputs` are to show for this file."""
+        params = None if path is None else settings_inside(path)
+        if params is None:
+            return [None, gr.update(visible=False), ""]
+        steps = f"{params.steps} step{'s' if params.steps > 1 else ''}"
+        text = f"This picture was made here: “{html.escape(params.prompt)}”, {steps}, seed {params.seed}."
+        return [params, gr.update(visible=True), text]
+
+
+def on_upload(picture: gr.Image, offer: Offer | None = None) -> None:
+    """A file that is no picture is refused when it comes; one that browsers cannot show is shown as they can."""
+
+    def check(path: str):
+        found = [] if offer is None else offer.answer(path)
+        try:
+            image = read_picture(path)
+        except EditError as error:
+            toast(error)
+            return answered(None, found)
+        if Path(path).suffix.lower() in SHOWN_BY_BROWSERS:
+            return answered(path, found)
+        shown = Path(path).with_suffix(".png")
+        shown.write_bytes(encode_png(image))
+        return answered(str(shown), found)
+
+    def answered(path: str | None, found: list):
+        return [path, *found] if found else path
+
+    outputs = [picture, *([] if offer is None else offer.outputs)]
+    picture.upload(check, picture, outputs, api_visibility="private", show_progress="hidden", concurrency_limit=4)

@@ -1,0 +1,140 @@
+"""The tab for videos: edited frame by frame through one session of the engine, which keeps still parts steady."""
+
+import time
+
+import gradio as gr
+
+from images import EditError
+from qwen_realtime import LIMITS, EditParams
+from server import EngineHolder, fitted
+from webui.controls import Settings, edit_params
+from webui.parts import SHOW_RESULT, create_ask, create_chips, take_file, toast
+from webui.video_edit import MAX_BYTES, MAX_SECONDS, Outcome, Progress, Stop, counted, edit_video, probe
+from webui.work import Job, Jobs, Stopped, new_folder, telling_name, wait_for_engine
+
+VIDEOS_AT_A_TIME = 2  # each takes its turn with all other edits, frame by frame
+SHOW_EVERY_S = 0.5  # a preview is a file that the browser fetches
+BLEND_STILL = 0.8  # pocket model, still scene with camera noise: 0.4 of the flicker; nothing lost where all moves
+START_FROM_PREVIOUS = 0.0
+
+
+def create_video(holder: EngineHolder, jobs: Jobs, settings: Settings, presets: list[dict]) -> None:
+    with gr.Row(elem_classes="areas"):
+        with gr.Column(elem_classes="area-source"):
+            source = gr.Video(label="Video", sources=["upload"], height=320)
+            take_file(source)
+            limits = f"At most {MAX_SECONDS / 60:g} minutes and {MAX_BYTES // 2**20} MB. The sound is kept as it is."
+            gr.Markdown(limits, elem_classes="result-text")
+            with gr.Accordion("Steadiness", open=False):
+                blend_still = gr.Slider(
+                    *LIMITS["blend_still"], value=BLEND_STILL, step=0.05, label="Hold still parts",
+                    info="How much of the last result stays where the picture does not move.",
+                )  # fmt: skip
+                start = gr.Slider(
+                    *LIMITS["start_from_previous"], value=START_FROM_PREVIOUS, step=0.05, label="Start from the last result",
+                    info="More is steadier, and follows changes later.",
+                )  # fmt: skip
+                reuse = gr.Checkbox(
+                    False, label="Compute only what changes", info="Faster where little moves. An approximation."
+                )
+        prompt, button, stop = create_ask("video", jobs)
+        with gr.Column(elem_classes="area-chips"):
+            create_chips(presets, prompt)
+        with gr.Column(elem_classes="area-result"):
+            preview = gr.Image(
+                label="The frame that was edited last", alt_text="The frame that was edited last", format="jpeg",
+                interactive=False, height=320, buttons=["fullscreen"],
+            )  # fmt: skip
+            video = gr.Video(label="Edited video", interactive=False, visible=False, height=320)
+            text = gr.Markdown("Progress will be written here.", elem_classes=["result-text", "video-progress"])
+            download = gr.DownloadButton("Download the video", interactive=False)
+
+    def edit(request: gr.Request, path, prompt, blend_still, start, reuse, *values, progress=gr.Progress()):  # noqa: B008
+        own = steadiness(blend_still, start, reuse)
+        yield {
+            button: gr.update(interactive=False), stop: gr.update(interactive=True),
+            preview: gr.update(value=None, visible=True), video: gr.update(value=None, visible=False),
+            download: gr.update(interactive=False), text: "",
+        }  # fmt: skip
+        try:
+            with jobs.start(request.session_hash, "video") as job:
+                yield from edited(job, path, prompt, values, own, progress)
+        except EditError as error:
+            toast(error)
+        except Stopped:
+            gr.Info("Stopped before the first frame.")
+        yield {button: gr.update(interactive=True), stop: gr.update(interactive=False)}
+
+    def edited(job: Job, path: str | None, prompt: str, values: tuple, own: dict, progress):
+        """What the tab shows while the video is edited, and at its end."""
+        if path is None:
+            raise EditError("Choose a video first: drop a file, or press the upload field.")
+        info = probe(path)
+        engine = wait_for_engine(holder, job, progress)
+        params = edit_params(prompt, (info.width, info.height), engine.default_size, values, **own)
+        started = shown = time.monotonic()
+        with job.session(engine) as session:
+            frames = edit_video(path, new_folder(), editor(session, params, job), telling_name(params))
+            for step in frames:
+                now = time.monotonic()
+                if isinstance(step, Outcome):
+                    yield finished(step, params, now - started)
+                elif step.number == 1 or now - shown >= SHOW_EVERY_S:
+                    shown = now
+                    progress(step.share or 0.0, desc=how_far(step, info.frames, now - started))
+                    yield {preview: step.picture}
+
+    def finished(outcome: Outcome, params: EditParams, seconds: float) -> dict:
+        speed = f"{counted(outcome.frames)} in {seconds:.1f} s · {outcome.frames / seconds:.1f} frames/s"
+        said = f"{speed} · {params.width}×{params.height} · seed {params.seed}"
+        return {
+            preview: gr.update(visible=False),
+            video: gr.update(value=str(outcome.path), visible=True),
+            download: gr.update(value=str(outcome.path), interactive=True),
+            text: "<br>".join([said, *outcome.notes]),
+            settings.seed: params.seed,
+        }
+
+    shows = [preview, video, text, download, settings.seed, button, stop]
+    gr.on(
+        [button.click, prompt.submit],
+        edit,
+        [source, prompt, blend_still, start, reuse, *settings.all()],
+        shows,
+        api_visibility="private",
+        show_progress_on=text,  # over the preview it would hide what is being made
+        concurrency_limit=VIDEOS_AT_A_TIME,
+        concurrency_id="video",
+        trigger_mode="once",
+    )
+    button.click(fn=None, js=SHOW_RESULT, api_visibility="private")
+
+
+def steadiness(blend_still: float = BLEND_STILL, start: float = START_FROM_PREVIOUS, reuse: bool = False) -> dict:
+    """The fields of EditParams that keep a video's still parts from flickering."""
+    return {
+        "blend_still": blend_still,
+        "start_from_previous": start,
+        "motion_aware": True,  # what moves is not held back by the two above
+        "reuse": "frames" if reuse else "off",
+    }
+
+
+def editor(session, params: EditParams, job: Job):
+    """The function that edits one frame for `edit_video`."""
+
+    def edit(picture):
+        try:
+            return session.result(session.submit(fitted([picture], params), params)).image
+        except EditError:
+            if job.stopped:  # closing the session is what made it fail
+                raise Stop from None
+            raise
+
+    return edit
+
+
+def how_far(step: Progress, frames: int | None, seconds: float) -> str:
+    of = "" if not frames else f" of about {max(frames, step.number)}"
+    left = "" if not step.share else f" · {seconds / step.share - seconds:.0f} s left"
+    return f"Frame {step.number}{of} · {step.number / seconds:.1f} frames/s{left}"

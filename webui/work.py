@@ -1,0 +1,195 @@
+"""One edit for the page: pictures read, the model waited for, the edit run and stopped, its result saved and described.
+
+Uploaded files are opened by `images.open_image` and by nothing else: Gradio's own reading of a picture fails on odd
+files with a message nobody can act on, and drops alpha, depth and rotation in its own ways.
+
+What a page has running is a `Job`, one for each of its tabs, found by the page's session and the tab's name: the button
+that stops it is another event than the one that runs it, and a closed page stops all that it has running.
+"""
+
+import contextlib
+import html
+import io
+import os
+import queue
+import re
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from images import EditError, encode_png, open_image
+from qwen_realtime import EditParams, EditResult, RealtimeEngine
+from server import EngineHolder
+from webui.zero import ZeroEngine
+
+MAX_PICTURE_BYTES = 64 * 2**20
+
+
+class Stopped(Exception):
+    """The person stopped the job, or left."""
+
+
+class Job:
+    """Something a page runs, and how to stop it: within one step, from any thread."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._session = None
+        self.stopped = False
+
+    def stop(self) -> None:
+        with self._lock:
+            self.stopped = True
+            if self._session is not None:
+                self._session.close()
+
+    @contextlib.contextmanager
+    def session(self, engine: RealtimeEngine):
+        """A session of the engine that `stop` closes. Raises EditError when none is free, and Stopped."""
+        with engine.open_session() as session:
+            with self._lock:
+                if self.stopped:
+                    raise Stopped
+                self._session = session
+            try:
+                yield session
+            except EditError:
+                if self.stopped:  # closing the session is what made it fail
+                    raise Stopped from None
+                raise
+            finally:
+                with self._lock:
+                    self._session = None
+
+
+class Jobs:
+    """What all open pages run now: {(page, tab): job}."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._jobs: dict[tuple[str, str], Job] = {}
+
+    @contextlib.contextmanager
+    def start(self, page: str, tab: str):
+        """A new job. One that the tab still runs is stopped: its result would not be looked at any more."""
+        job = Job()
+        with self._lock:
+            before, self._jobs[page, tab] = self._jobs.get((page, tab)), job
+        if before is not None:
+            before.stop()
+        try:
+            yield job
+        finally:
+            with self._lock:
+                if self._jobs.get((page, tab)) is job:
+                    del self._jobs[page, tab]
+
+    def stop(self, page: str, tab: str | None = None) -> None:
+        """Stops what the tab runs, or all that the page runs."""
+        with self._lock:
+            jobs = [job for (of, name), job in self._jobs.items() if of == page and tab in (None, name)]
+        for job in jobs:
+            job.stop()
+
+
+def read_picture(path: str | None, name: str = "a picture") -> np.ndarray:
+    """The file as uint8 (H, W, 3). Raises EditError, also when there is none."""
+    if path is None:
+        raise EditError(f"Choose {name} first: drop a file, paste one, or press the upload field.")
+    size = Path(path).stat().st_size
+    if size > MAX_PICTURE_BYTES:
+        raise EditError(f"The file has {size:,} bytes. Allowed for a picture: {MAX_PICTURE_BYTES:,}.")
+    return open_image(Path(path).read_bytes())
+
+
+def wait_for_engine(holder: EngineHolder, job: Job, progress: Callable) -> RealtimeEngine:
+    """The engine, once it is loaded. Raises EditError when it cannot be, and Stopped."""
+    status = holder.status()
+    while status["state"] == "loading":
+        if job.stopped:
+            raise Stopped
+        progress(status["fraction"], desc=f"The model is loading: {status['text']}")
+        status = holder.wait(1.0)
+    if status["state"] == "failed":
+        raise EditError(f"The model could not be loaded: {status['text']}")
+    return holder.engine
+
+
+def run_edit(
+    engine: RealtimeEngine, images: list[np.ndarray], params: EditParams, job: Job, on_step: Callable[[int, int], None]
+) -> EditResult:
+    """One edit; `on_step(done, of)` is called on this thread, while the engine calls on its own. Raises EditError, Stopped."""
+    if isinstance(engine, ZeroEngine):  # neither steps nor a stop can cross to the process that has the GPU
+        return engine.edit(images, params)
+    steps: queue.SimpleQueue = queue.SimpleQueue()
+    with job.session(engine) as session:
+        number = session.submit(images, params, on_step=lambda step, of: steps.put((step, of)))
+        while True:
+            try:
+                return session.result(number, timeout=0.1)
+            except TimeoutError:
+                while not steps.empty():
+                    on_step(*steps.get())
+
+
+def new_folder() -> Path:
+    """A folder in Gradio's cache: what lies there is served to the page, and deleted with the rest."""
+    cache = Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio")
+    cache.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(dir=cache))
+
+
+def telling_name(params: EditParams) -> str:
+    words = re.sub(r"[^a-z0-9]+", "-", params.prompt.lower()).strip("-")[:48].strip("-") or "edited"
+    return f"{words}-{params.seed}"
+
+
+def save_png(result: EditResult, model: str) -> str:
+    """A PNG with a telling name and its settings inside, as `settings_inside` reads them back."""
+    path = new_folder() / f"{telling_name(result.params)}.png"
+    text = {name: str(value) for name, value in asdict(result.params).items()} | {"model": model}
+    path.write_bytes(encode_png(result.image, text))
+    return str(path)
+
+
+def settings_inside(path: str) -> EditParams | None:
+    """The settings that this editor wrote into a picture, None where there are none. Never raises on a file's account:
+    a picture is a picture, whatever else it carries.
+    """
+    try:
+        with Image.open(io.BytesIO(Path(path).read_bytes()), formats=("PNG",)) as image:
+            text = image.text
+    except Exception:  # what a damaged file makes its reader raise; whether it is a picture is said elsewhere
+        return None
+    if not {"prompt", "seed", "steps"} <= text.keys():
+        return None
+    known = {field.name: field.default for field in fields(EditParams)}
+    try:
+        return EditParams(**{name: _read(text[name], default) for name, default in known.items() if name in text})
+    except ValueError:  # EditError among them: another program's, or one of ours with other limits
+        return None
+
+
+def _read(text: str, default) -> object:
+    """The value that `str` made this text of; `default` shows its type."""
+    if isinstance(default, bool):
+        return text.lower() == "true"
+    if default is None:
+        return None if text.lower() in ("none", "null") else int(text)
+    return type(default)(text) if isinstance(default, (int, float)) else text
+
+
+def describe(result: EditResult) -> str:
+    """Markdown: the time of each stage, size, steps, seed, and what the engine has to say of this edit."""
+    stages = result.stages_ms
+    parts = " · ".join(f"{name.replace('_', ' ')} {ms:.0f}" for name, ms in stages.items() if name != "total")
+    height, width = result.image.shape[:2]
+    steps = f"{result.params.steps} step{'s' if result.params.steps > 1 else ''}"
+    said = f"{stages.get('total', 0):.0f} ms: {parts}<br>{width}×{height} · {steps} · seed {result.params.seed}"
+    return "<br>".join([said, *(html.escape(note) for note in result.notes)])
+

@@ -1,0 +1,60 @@
+"""Spaces that lend a GPU for the length of a call (ZeroGPU): single edits, one call each.
+
+There, CUDA exists only inside a function that `spaces.GPU` decorates, which runs in a process of its own, forked when it
+is first called and taken away when it has been idle. A thread that owns the model for hours, as the engine's does, cannot
+be had. So the pipeline is loaded in the main process before the page is launched, and each edit starts an engine inside
+the call, without the fast path, whose recordings would be lost with the process. Nothing there can live from frame to
+frame: the live view, videos, POST /edit and the steps' progress are left out, and the page says so.
+"""
+
+import os
+
+from images import EditError
+from qwen_realtime import EditParams, EditResult, EngineConfig, EngineStats, RealtimeEngine
+
+CALL_S = 60  # what a call may take; people have a daily share of seconds, so it is no more than an edit needs
+ONE_AT_A_TIME = (
+    "This Space lends its GPU for one edit at a time (ZeroGPU), so there is no live view, no video and no HTTP here: "
+    "upload a photo, or two. Duplicate it to a Space with its own GPU, or run the program on your own, to have them."
+)
+
+
+def zero_gpu() -> bool:
+    return os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")
+
+
+class ZeroEngine:
+    """What the page needs of an engine, each edit in a call of its own."""
+
+    def __init__(self, pipeline, config: EngineConfig):
+        import spaces
+
+        self.pipeline, self.config = pipeline, config
+        self.default_size: int = config.default_size or pipeline.default_size
+        self.description = {**pipeline.description, "default_size": self.default_size, "fast_path": [], "gpu": "ZeroGPU"}
+        self._on_the_gpu = spaces.GPU(duration=CALL_S)(self._edit)
+
+    def edit(self, images: list, params: EditParams) -> EditResult:
+        """One edit, blocking. Raises EditError."""
+        result = self._on_the_gpu(images, params)
+        if result.error is not None:
+            raise EditError(str(result.error))
+        return result
+
+    def _edit(self, images: list, params: EditParams) -> EditResult:
+        """Runs in the process that has the GPU. An error comes back as a result: it must cross to the other process."""
+        config = EngineConfig(max_sessions=1, default_size=self.default_size, fast_path=False)
+        with RealtimeEngine(self.pipeline, config) as engine:
+            try:
+                return engine.edit(images, params)
+            except EditError as error:
+                return EditResult(1, None, EditError(str(error)), params, {}, 0.0, 0, 0.0)
+
+    def open_session(self):
+        raise EditError(ONE_AT_A_TIME)
+
+    def stats(self) -> EngineStats:
+        return RealtimeEngine(self.pipeline, self.config).stats()
+
+    def close(self) -> None:
+        """Nothing is left running between calls."""
