@@ -104,7 +104,7 @@ def means(rows: list[dict]) -> list[dict]:
 
 def environment(commit: str | None) -> dict:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
-    return {"device": torch.cuda.get_device_name(), **versions, "commit": commit}
+    return {"kind": "linear", "device": torch.cuda.get_device_name(), **versions, "commit": commit}
 
 
 def main() -> None:

@@ -129,7 +129,7 @@ def main() -> None:
     if args.card_gb:
         torch.cuda.set_per_process_memory_fraction(args.card_gb * 1e9 / torch.cuda.get_device_properties(0).total_memory)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "diffusers")}
-    result = {"device": torch.cuda.get_device_name(), **versions, "commit": args.commit}
+    result = {"kind": "memory", "device": torch.cuda.get_device_name(), **versions, "commit": args.commit}
     result |= {"steps": STEPS, "rows": []}
     pieces: dict[tuple, torch.Tensor] = {}
     for choice in [tuple(c.split("/")) for c in args.choices] if args.choices else CHOICES:

@@ -1,7 +1,7 @@
 """The README's tables from the result files, so that no figure is ever typed by hand.
 
-Each file of `benchmark` is a table. Those of `techniques` and `soak`, which say so as their `kind`, make one section
-together. Files of other programs belong to no table here.
+Each file of `benchmark` is a table. The others say by their `kind` what they are: those of `techniques` and `soak` make
+one section together, those of `memory`, `linear` and the accuracy of quantised models (`quality`) another.
 
 A column whose value is the same in a whole file moves to the line above the table; one that the file lacks is left
 away; a single figure that is missing is a dash.
@@ -22,13 +22,24 @@ def tables(folder: Path = RESULTS) -> str:
 
 
 def technique_tables(folder: Path = RESULTS) -> str:
-    """Markdown of the techniques' files, side by side in one table, and of the soaks, a line each. May be empty."""
+    """Markdown of the techniques' files, side by side in one table, of token reuse alone, and of the soaks. May be empty."""
     files = _files(folder, "techniques")
     parts = [_techniques(files)] if files else []
+    parts += [_reuse(path, result) for path, result in _files(folder, "reuse")]
     return "\n\n".join(parts + [_soak(path, result) for path, result in _files(folder, "soak")])
 
 
-SECTIONS: dict[str, Callable[[Path], str]] = {"benchmarks": tables, "techniques": technique_tables}
+def quantized_tables(folder: Path = RESULTS) -> str:
+    """Markdown of what 8-bit layers cost in memory, time and accuracy. May be empty."""
+    kinds = (("memory", _memory), ("linear", _linear), ("quality", _quality))
+    return "\n\n".join(show(path, result) for kind, show in kinds for path, result in _files(folder, kind))
+
+
+SECTIONS: dict[str, Callable[[Path], str]] = {
+    "benchmarks": tables,
+    "quantized": quantized_tables,
+    "techniques": technique_tables,
+}
 
 
 def write_tables(readme: Path = ROOT / "README.md", folder: Path = RESULTS) -> None:
@@ -61,7 +72,8 @@ def _where(path: Path) -> str:
 
 
 def _machine(path: Path, result: dict) -> str:
-    versions = f"torch {result['torch']}, diffusers {result['diffusers']}, commit {result['commit']}"
+    known = ", ".join(f"{name} {result[name]}" for name in ("torch", "diffusers", "triton") if name in result)
+    versions = f"{known}, commit {result['commit']}"
     return f"**{result['device']}**, {versions} ({_where(path)})"
 
 
@@ -101,12 +113,16 @@ def _techniques(files: list[tuple[Path, dict]]) -> str:
     heads, rows = [], {}
     for number, (path, result) in enumerate(files, 1):
         first = result["rows"][0] if result["rows"] else {}
-        form = "weights {weights}, {width}x{height}, steps {steps}, edits {edits}" if first else "no rows"
-        what = form.format(**first | {"edits": ", ".join(first.get("edits", []))})
+        form = "weights {weights}, {width}x{height}, steps {steps}, edits {edits}; {videos}" if first else "no rows"
+        videos = ", ".join(dict.fromkeys(row["video"] for row in result["rows"]))
+        what = form.format(**first | {"edits": ", ".join(first.get("edits", [])), "videos": videos})
         heads.append(f"({number}) {_machine(path, result)}: {what}.")
+        known = set(rows)
         for row in result["rows"]:
-            video = "" if row["video"] in ("still", "moving") else row["video"]
-            rows.setdefault((row["technique"], video), {}).setdefault(number, {})[row["video"]] = row
+            key = (row["technique"], "" if row["video"] in ("still", "moving") else row["video"])
+            if key not in known and (row["technique"], "") in known:
+                key = (row["technique"], "")  # a file with another video than those before it: the head says which
+            rows.setdefault(key, {}).setdefault(number, {})[row["video"]] = row
     columns = {"technique": [f"{name}, {video}" if video else name for name, video in rows]}
     for heading, key, form in _TECHNIQUE_FIGURES:  # of the first file that knows it
         cells = [_pair(row, key, form) for row in rows.values() for row in [_knowing(row, key)]]
@@ -131,6 +147,68 @@ def _pair(by_video: dict[str, dict], key: str, form: Callable[[float], str]) -> 
     videos = [name for name in ("still", "moving") if name in by_video] or list(by_video)
     cells = [MISSING if by_video[name].get(key) is None else form(by_video[name][key]) for name in videos]
     return MISSING if not set(cells) - {MISSING} else " / ".join(cells)
+
+
+def _memory(path: Path, result: dict) -> str:
+    """GPU memory against speed, a row for each choice."""
+    columns = {
+        "transformer": lambda row: row["quantize"],
+        "text encoder": lambda row: row["text_encoder_quantize"],
+        "transformer on the GPU, GB": lambda row: _number(row["transformer_gb"]),
+        "everything resident, GB": lambda row: _number(row["resident_gb"]),
+        "peak while loading, GB": lambda row: _number(row["loading"]["allocated_gb"]),
+    }
+    for size in ("256", "512"):
+        columns[f"{size}x{size}, ms"] = lambda row, size=size: _number(row[size]["vlm_cached_ms"])
+        columns[f"{size}x{size}, VLM fresh, ms"] = lambda row, size=size: _number(row[size]["vlm_fresh_ms"])
+    cells = {name: [show(row) for row in result["rows"]] for name, show in columns.items()}
+    return f"{_machine(path, result)}; {result['steps']} steps, full-size random weights.\n\n{_markdown(cells)}"
+
+
+def _linear(path: Path, result: dict) -> str:
+    """How many times as fast as bf16 the layers are alone, geometric means over the shapes."""
+    means = result["means"]
+    cells = {
+        "layers alone": [mean["kind"] for mean in means],
+        "rows": [str(mean["rows"]) for mean in means],
+        "with quantisation and bias": [f"{mean['layer']:.2f}x" for mean in means],
+        "goal": [f"{mean['bar']:g}x" for mean in means],
+        "product alone": [f"{mean['product']:.2f}x" for mean in means],
+    }
+    return f"{_machine(path, result)}; against bf16 `F.linear`.\n\n{_markdown(cells)}"
+
+
+def _quality(path: Path, result: dict) -> str:
+    """The pocket model's evaluation with quantised layers."""
+    rows = result["rows"]
+    cells = {
+        "pocket model": [row["quantize"] for row in rows],
+        "one picture, dB": [f"{row['one_picture']['psnr_db']:.2f}" for row in rows],
+        "two pictures, dB": [f"{row['two_pictures']['psnr_db']:.2f}" for row in rows],
+        "to the float picture, least / mean dB": [
+            "{least:.1f} / {mean:.1f}".format(**row["psnr_to_float_db"]) if "psnr_to_float_db" in row else MISSING
+            for row in rows
+        ],
+    }
+    return f"{_machine(path, result)}; all edits on all held-out photographs, 256x256, 2 steps.\n\n{_markdown(cells)}"
+
+
+def _reuse(path: Path, result: dict) -> str:
+    """Token reuse without an engine around it: milliseconds a frame by share of tokens that are computed."""
+    rows = result["rows"]
+    kinds = list(dict.fromkeys(row["quantize"] for row in rows))
+    cases = list(dict.fromkeys((row["reuse"], row["changed"], row["computed"]) for row in rows))
+    by_case = {(row["quantize"], row["reuse"], row["changed"]): row["median_ms"] for row in rows}
+    columns = {
+        "reuse": [reuse for reuse, _, _ in cases],
+        "changed": [MISSING if changed is None else f"{changed:.0%}" for _, changed, _ in cases],
+        "computed": [f"{computed:.0%}" for _, _, computed in cases],
+    }
+    for kind in kinds:
+        found = [by_case[kind, reuse, changed] for reuse, changed, _ in cases]
+        columns[f"quantised {kind}, ms (frames/s)"] = [f"{ms:.1f} ({1e3 / ms:.1f})" for ms in found]
+    what = f"token reuse, {result['width']}x{result['height']}, {result['steps']} steps, weights {result['weights']}: {result['what']}"
+    return f"{_machine(path, result)}; {what}\n\n{_markdown(columns)}"
 
 
 def _soak(path: Path, result: dict) -> str:

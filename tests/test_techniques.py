@@ -189,7 +189,7 @@ def test_the_table_of_known_files_has_a_row_for_each_technique_and_the_machines_
     known_files(tmp_path)
     lines = technique_tables(tmp_path).splitlines()
     machine = "(1) **CPU X**, torch 2, diffusers 0.42, commit abc (`a.json`)"
-    assert lines[0] == f"{machine}: weights pocket, 256x256, steps 2, edits sepia.  "
+    assert lines[0] == f"{machine}: weights pocket, 256x256, steps 2, edits sepia; still, moving, 30% changed.  "
     assert lines[1].startswith("(2) **GPU Y**")
     assert lines[3] == (
         "| technique | loss, dB | flicker | skipped | computed "
