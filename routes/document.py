@@ -287,11 +287,13 @@ with open("edited.png", "wb") as edited:
 SOCKET = """browser to server
   binary  uint32 frame number, JPEG or PNG bytes            (little endian)
   text    {"type": "params", "prompt": "...", any other setting of /edit}
+  text    {"type": "link", "quality": 30..95}               of the JPEGs that come back
   text    {"type": "stop"}
 server to browser
   text    {"type": "ack", "number"}         on receipt: send at most three
                                             frames that are not acknowledged
   text    {"type": "params" | "status" | "error", ...}
+  text    {"type": "stats", "memory"}       each second while there are pictures
   binary  uint32 frame number, uint32 n, n bytes of JSON, JPEG bytes"""
 
 

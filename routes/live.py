@@ -2,8 +2,10 @@
 
     browser -> server   binary  uint32 frame number, JPEG or PNG bytes       (little endian, as everything here)
                         text    {"type": "params", any EditParams fields}    {"type": "stop"}
+                                {"type": "link", "quality": 30..95}          of the JPEGs that come back
     server -> browser   text    {"type": "ack", "number"}                    on receipt, not on completion
                         text    {"type": "params" | "status" | "error", ...}
+                                {"type": "stats", "memory": bytes by kind}   each second while there are pictures
                         binary  uint32 frame number, uint32 n, n bytes of JSON, JPEG bytes
 
 Three tasks work side by side: one receives and acknowledges, one decodes the newest picture and hands it to the
@@ -27,7 +29,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from images import EditError, encode_jpeg
 from qwen_realtime import EditParams
-from routes.access import failure_kind, open_sent, read_json
+from routes.access import failure_kind, open_sent, plain, read_json
 from routes.holder import EngineHolder
 
 MAX_FRAME_BYTES = 4 * 2**20  # one live frame; a 1024x1024 JPEG has about 0.3 MB
@@ -37,6 +39,7 @@ MAX_SOCKETS = 256
 SILENCE_TIMEOUT_S = 600.0  # of a socket; a session ends earlier (EngineConfig.idle_timeout_s)
 HEADER = struct.Struct("<I")
 RESULT_HEADER = struct.Struct("<II")
+QUALITY = (30, 95)  # of a JPEG: what a browser may ask for
 
 
 class _Gone(Exception):
@@ -88,6 +91,7 @@ class LiveConnection:
 
     STATUS_EVERY_S = 0.3  # while loading
     RETRY_BUSY_S = 0.25
+    STATS_EVERY_S = 1.0
 
     def __init__(self, websocket: WebSocket, room: LiveRoom):
         self._websocket, self._room, self._holder, self._pool = websocket, room, room.holder, room.pool
@@ -96,6 +100,8 @@ class LiveConnection:
         self._inbox: tuple[int, bytes] | None = None  # the newest undecoded frame: number, file bytes
         self._fields: dict = {}  # settings as the browser sent them
         self._params = None  # the same, checked; None until there is a prompt
+        self._quality = 85
+        self._stats_sent = 0.0  # when, monotonic
         self._session = None
         self._results: asyncio.Task | None = None
         self._numbers: dict[int, tuple[int, float]] = {}  # engine's frame number -> browser's, time of arrival
@@ -158,11 +164,13 @@ class LiveConnection:
             kind = message.pop("type", None)
             if kind == "params":
                 await self._on_params(message)
+            elif kind == "link":
+                self._on_link(message)
             elif kind == "stop":
                 self._inbox = None
                 self._close_session()
             else:
-                raise EditError(f'The message type is {reprlib.repr(kind)}. Allowed: "params", "stop".')
+                raise EditError(f'The message type is {reprlib.repr(kind)}. Allowed: "params", "link", "stop".')
         except EditError as error:
             await self._say("error", message=str(error))
 
@@ -178,6 +186,15 @@ class LiveConnection:
         if self._inbox is not None:
             self._fresh.set()  # a frame that came before the prompt need not wait for the next
         await self._say("params", **fields)
+
+    def _on_link(self, message: dict) -> None:
+        """The browser knows how slow its link is, and asks for lighter pictures."""
+        quality, (least, most) = message.get("quality"), QUALITY
+        if message.keys() != {"quality"} or type(quality) is not int or not least <= quality <= most:
+            raise EditError(
+                f"The link is {reprlib.repr(message)}. Allowed: a quality, a whole number from {least} to {most}."
+            )
+        self._quality = quality
 
     # -- to the engine
 
@@ -264,9 +281,12 @@ class LiveConnection:
                 failure = {"kind": kind} if kind else {}
                 await self._say("error", number=number, message=str(result.error), **failure)
                 continue
-            data = await loop.run_in_executor(self._pool, encode_jpeg, result.image)
+            data = await loop.run_in_executor(self._pool, encode_jpeg, result.image, self._quality)
             meta = json.dumps(self._meta(result, arrived)).encode()
             await self._send(bytes=RESULT_HEADER.pack(number, len(meta)) + meta + data)
+            if time.monotonic() - self._stats_sent >= self.STATS_EVERY_S:
+                self._stats_sent = time.monotonic()
+                await self._say("stats", memory=plain(self._holder.engine.stats().memory))
 
     def _meta(self, result, arrived: float) -> dict:
         params = result.params
@@ -277,6 +297,8 @@ class LiveConnection:
             "fps": round(result.fps, 2),
             "dropped": result.dropped + self._overwritten,
             "skipped": result.skipped,
+            "computed": round(result.computed, 3),  # share of the picture; the rest is as it was
+            "notes": list(result.notes),
             "width": result.image.shape[1],
             "height": result.image.shape[0],
             "prompt": params.prompt,

@@ -135,7 +135,7 @@ def post(address, body, **options):
 
 
 class Browser:
-    """The other side of the live socket, as webui/live.js speaks it."""
+    """The other side of the live socket, as webui/live/links.js speaks it."""
 
     def __init__(self, address, **options):
         self._connection = connect(f"ws://{address}/live", **options)

@@ -31,7 +31,7 @@ class Settings:
         return list(vars(self).values())
 
 
-# The live view reads what the shared controls say from here; see sendParams in live.js.
+# The live view reads what the shared controls say from here; see sendParams in live/settings.js.
 SHARE_SETTINGS = """(steps, size, shape, seed, locked, cfg_scale, negative_prompt) => {
   window.editSettings = {steps, size, shape, seed: seed ?? 0, cfg_scale, negative_prompt};
   window.dispatchEvent(new CustomEvent("edit-settings"));
