@@ -45,7 +45,7 @@ import torch
 from benchmarks.benchmark import ResultFile, environment
 from benchmarks.instruments import Memory
 from cached_pipeline import CachedQwenImageEditPipeline, load_pipeline
-from images import EditError
+from images import EditError, resample
 from qwen_realtime import EditParams, EditResult, EngineConfig, RealtimeEngine, Session
 
 SQUARES = 8  # on a side
@@ -139,7 +139,8 @@ class ThroughPipeline(CachedQwenImageEditPipeline):
         return torch.full((1, 8, 16), prompt_value(prompt), device=self._execution_device)
 
     def _encode_pictures(self, pictures, width: int, height: int) -> torch.Tensor:
-        grey = pictures.on(self._execution_device).float().mean(dim=3) / 127.5 - 1  # (b, H, W)
+        pixels = resample(pictures.on(self._execution_device), width, height, "lanczos")  # (b, H, W, 3)
+        grey = pixels.float().mean(dim=3) / 127.5 - 1
         squares = grey.unflatten(2, (width // 16, 4, 4)).unflatten(1, (height // 16, 4, 4)).mean(dim=(3, 6))
         squares = squares.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)  # (b, tokens, 16)
         return torch.nn.functional.pad(squares, (0, self.latent_channels * 4 - 16))

@@ -18,8 +18,9 @@ from pathlib import Path
 import httpx
 import pytest
 from PIL import Image, ImageSequence
-from test_server import StubPipeline, b64, grey, serving
+from test_server import b64, grey, serving
 
+from benchmarks.soak import ThroughPipeline
 from qwen_realtime import EditParams, RealtimeEngine
 from routes.document import openapi
 from routes.status import resident_bytes
@@ -30,8 +31,9 @@ KEPT_BYTES = 24 * 2**20  # a third and fourth pass may leave this much: the allo
 
 
 @pytest.fixture(scope="module")
-def address():
-    with RealtimeEngine(StubPipeline()) as engine, serving(EngineHolder(engine)) as address:
+def address(pocket):
+    # Every setting is real here; only the networks are not, which take the time.
+    with RealtimeEngine(ThroughPipeline(**pocket.components)) as engine, serving(EngineHolder(engine)) as address:
         yield address
 
 
