@@ -19,9 +19,7 @@ SCALES = (1.0, 0.75, 0.5)  # of the size that was asked for
 KEPT_FRAMES = 9  # a cost is the median over so many
 STALE_S = 30.0  # what was measured longer ago is estimated anew: other sessions come and go
 FEWEST_FRAMES = 3  # with a plan before it is judged
-HOLD_S = (
-    2.0  # a plan stays for so long before a better one is tried; twice as long after each that had to be taken back
-)
+HOLD_S = 2.0  # a plan stays so long before a better one is tried; twice as long after each that was taken back
 LONGEST_HOLD_S = 60.0
 TOO_SLOW = 1.05  # of the target: from here the plan changes,
 ROOM = 0.85  # and to a better one only when that is expected to take less than this share

@@ -14,9 +14,7 @@ RATE_FRAMES = 31
 THUMBNAIL = 64  # pixels on a side of what similarity is judged on: enough to see, and camera noise averages out
 PATCHES = 16  # on a side: a mouth fills one of them
 TOKEN = 16  # pixels on a side of a token
-BLOCK = (
-    4  # pixels on a side of what a token's motion is judged on: the mean of a block has a quarter of the camera's noise
-)
+BLOCK = 4  # pixels on a side of what a token's motion is judged on: their mean has a quarter of the camera's noise
 MOTION_WINDOW = 5  # frames
 MOTION_SCALE = 25.5  # root mean square difference of two frames, of 255, that is full motion
 MOTION_RATE = 0.5  # of the moving average of the strength

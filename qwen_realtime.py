@@ -563,9 +563,8 @@ class RealtimeEngine:
         if frame is not None and frame.error is None and not frame.cancelled and frame.work.repeats is None:
             work, batched = frame.work, frame.work.params.stream_batch
             if not batched or not all(other.work.keeps_step_with(work) for other in flight):
-                while (
-                    flight
-                ):  # what is on its way comes out first: order is kept, and no batch mixes sizes or schedules
+                # What is on its way comes out first: order is kept, and no batch mixes sizes or schedules.
+                while flight:
                     self._step(turn)
             act = self._editor.enter if batched else self._editor.denoise
             self._attempt([frame], lambda: act(work))

@@ -106,15 +106,11 @@ class EditParams:
     embeds_background: bool = False  # a renewal runs beside the frames; until it is there the last embeddings serve
     cfg_mode: str = "full"  # how guidance is computed where cfg_scale > 1: see `denoising`; none = not at all
     cfg_delta: float = 1.0  # magnitude of the residual noise in the two residual modes
-    stream_batch: bool = (
-        False  # frames at different steps in one forward: a frame for each forward, shown `steps` later
-    )
+    stream_batch: bool = False  # frames at different steps in one forward: one for each forward, shown `steps` later
     start_from_previous: float = 0.0  # share of the way at which a frame starts from the last result instead of noise
     blend_still: float = 0.0  # share of the last result that is kept where the picture is still
     motion_aware: bool = False  # the strength of these two falls with the motion: see `policies.motion_strength`
-    reuse: str = (
-        "off"  # steps = references' keys and values of step 1 serve all; frames = also those of tokens that are still
-    )
+    reuse: str = "off"  # steps = references' keys and values of step 1 serve all; frames = also those of still tokens
     reuse_threshold: float = 6.0  # mean difference of a token's pixels, of 255, from which it counts as changed
     reuse_most: float = 0.6  # above this share of changed tokens all are computed
     target_fps: float = 0.0  # pace: the rate to hold; 0 = off
@@ -180,12 +176,8 @@ class EngineConfig:
     default_size: int | None = None  # output width and height when params leave them open; None = the model's own
     max_pixels: int = 2048 * 2048  # largest output, width * height
     fast_path: bool = True  # the pipeline's exact accelerations
-    pipelining: bool = (
-        True  # encode of the next frame and decode of the last beside the denoise, where the device allows
-    )
-    reuse_sessions: int = (
-        2  # that may hold keys and values of a frame at a time: 1 GB each for the real model at 512x512
-    )
+    pipelining: bool = True  # encode of the next frame and decode of the last beside the denoise, on a GPU
+    reuse_sessions: int = 2  # that may hold keys and values at a time: 3.3 GB each for the real model at 512x512
 
     def __post_init__(self):
         sizes = range(int(LIMITS["width"][0]), int(LIMITS["width"][1]) + 1, SIZE_MULTIPLE)
