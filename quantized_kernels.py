@@ -481,7 +481,8 @@ if triton is not None:
         GELU: tl.constexpr, HAS_BIAS: tl.constexpr, EIGHT: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):  # fmt: skip
-        is_left, is_second = column == 0, (weight > 0).to(tl.int32)
+        is_second = (weight > 0).to(tl.int32)
+        scales_end = tl.where(column == 0, end, 0)  # a row's scale is written by its leftmost tile
         row += tl.arange(0, BLOCK_M)
         column += tl.arange(0, BLOCK_N)
         across = column < columns
@@ -497,7 +498,7 @@ if triton is not None:
             most = tl.load(norms + row, mask=down, other=1.0) * tl.load(limits + 2 * is_second) * 1.08
             most += tl.load(limits + 2 * is_second + 1) + 1e-30
             value = value * (448.0 / most)[:, None]
-            tl.store(out_scales + row, most * (1.0 / 448.0), mask=down & is_left)
+            tl.store(out_scales + row, most * (1.0 / 448.0), mask=row < scales_end)
         at = row.to(tl.int64)[:, None] * columns + column[None, :]
         tl.store(out + at, value.to(out.dtype.element_ty), mask=down[:, None] & across[None, :])
 

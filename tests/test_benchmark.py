@@ -16,7 +16,7 @@ from benchmarks import benchmark, probes, subjects
 from benchmarks.benchmark import MIN_RUNS, SUITES, ResultFile, Trial, main, measure, plan, products
 from benchmarks.instruments import Clock, Memory, ceiling_tflops, denoise_flop, pictures
 from benchmarks.subjects import NEGATIVE_PROMPT, PROMPT, Case, LeftOutError, Models, Ours, Stock, as_run
-from benchmarks.tables import kind_of, tables, technique_tables, write_tables
+from benchmarks.tables import kind_of, quantized_tables, tables, technique_tables, write_tables
 from cached_pipeline import load_pipeline
 
 ROW_KEYS = set(
@@ -288,7 +288,9 @@ def test_only_what_is_between_the_markers_of_the_readme_changes(tmp_path):
 
 
 def test_tables_can_be_made_of_the_files_in_the_project():
-    texts = {"benchmark": tables(), "techniques": technique_tables(), "soak": technique_tables()}
+    quantized, techniques = quantized_tables(), technique_tables()
+    texts = {"benchmark": tables(), **dict.fromkeys(("memory", "linear", "quality"), quantized)}
+    texts |= dict.fromkeys(("techniques", "reuse", "soak"), techniques)
     for path in benchmark.ROOT.glob("benchmarks/results/*.json"):
         kind = kind_of(json.loads(path.read_text()))
         assert kind is None or f"(`benchmarks/results/{path.name}`)" in texts[kind]

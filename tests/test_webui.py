@@ -309,7 +309,7 @@ def test_several_photos_are_edited_in_a_row_each_result_is_kept_and_a_bad_one_is
     panel.get_by_role("button", name="Negative", exact=True).click()
     panel.get_by_text("Several photos in a row").click()
     files = [{"name": name, "mimeType": "image/png", "buffer": content} for name, content in data.items()]
-    panel.locator("input[type=file]").last.set_input_files(files)
+    panel.locator("input[type=file][multiple]").set_input_files(files)
     expect(panel.get_by_role("cell", name="3.png")).to_be_visible()  # all three are there
     panel.get_by_role("button", name="Edit all").click()
     expect(page.get_by_text("Photo 2 of 3 (2.png)").first).to_be_visible()
