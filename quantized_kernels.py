@@ -8,8 +8,7 @@ scales, the bias and, if asked for, the GELU are applied to the accumulator, and
 On Hopper both operands lie with the summed dimension contiguous, as its 8-bit tensor cores demand. Three forms of one
 kernel are measured against each other (`Config.form`): loads by pointer, loads by the tensor memory accelerator ("tma"),
 and the latter with as many programs as the GPU has multiprocessors, each of which fetches its next tile while it writes
-the last ("persistent"). For few rows the sum is cut into `split` parts which are added up in int32: exact in any order.
-One launch may hold the products of two weights, one for the first rows and one for the others (see `multiply`): text
+the last ("persistent"). One launch may hold the products of two weights, one for the first rows and one for the others (see `multiply`): text
 alone is so few rows that it leaves most of the GPU idle.
 
 e4m3 results can leave a product quantised: an exponent forgives a scale that is some bits too large, so a bound known
@@ -20,7 +19,6 @@ On the CPU the same functions are written in PyTorch: the definition that the ke
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -38,7 +36,6 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 GROUPS = (0, 16, 256)  # lengths of a rotation's groups; 0 is none
 _TALL = 32  # rows of tiles that go through a weight together
 _TINY = 1e-30  # in place of the largest number of a row of zeros: finite inverse, zeros stay zeros
-_SPLIT_ELEMENTS = 512 * 12288  # outputs that a split product may have: its int32 sums take 25 MB
 
 
 class Quantized(NamedTuple):
@@ -68,13 +65,9 @@ class Config(NamedTuple):
     warps: int
     stages: int
     form: str = "pointer"
-    split: int = 1
 
     def __str__(self) -> str:
-        extra = f", split in {self.split}" if self.split > 1 else ""
-        return (
-            f"{self.form} {self.block_m}x{self.block_n}x{self.block_k}, {self.warps} warps, {self.stages} stages{extra}"
-        )
+        return f"{self.form} {self.block_m}x{self.block_n}x{self.block_k}, {self.warps} warps, {self.stages} stages"
 
 
 # What is measured where the table below has no entry: few, because each costs a second of compiling once.
@@ -94,9 +87,6 @@ CANDIDATES = (
     Config(64, 128, 128, 4, 3, "tma"),
     Config(64, 64, 128, 4, 6, "tma"),
     Config(128, 128, 64, 4, 4, "tma"),
-    Config(64, 128, 128, 4, 5, "tma", 2),
-    Config(128, 128, 128, 8, 4, "tma", 2),
-    Config(64, 128, 128, 4, 5, "tma", 4),
 )
 
 
@@ -195,20 +185,15 @@ def multiply(
         programs = min(tiles, _multiprocessors(values.device))
         _persistent_kernel[(programs,)](*arguments, rows, first, second, columns, depth, programs, **shared)
         return out
-    sums, arrived = (values, values) if config.split == 1 else _split_memory(values.device)
     even = depth % config.block_k == 0 or config.form != "pointer"
-    _product_kernel[(tiles, config.split)](
-        *arguments, sums, arrived, rows, first, second, columns, depth,
-        SPLIT=config.split, TMA=config.form == "tma", EVEN=even, **shared,
-    )  # fmt: skip
+    _product_kernel[(tiles,)](
+        *arguments, rows, first, second, columns, depth, TMA=config.form == "tma", EVEN=even, **shared
+    )
     return out
 
 
-def fits(config: Config, rows: int, columns: int, depth: int, dtype: torch.dtype) -> bool:
-    """Whether `config` makes sense for a product. Splits are for integers: float32 sums would depend on the order."""
-    if config.split > 1:
-        parts = -(-depth // config.block_k)
-        return dtype == torch.int8 and rows * columns <= _SPLIT_ELEMENTS and parts >= 2 * config.split
+def fits(config: Config, rows: int) -> bool:
+    """Whether `config` makes sense for so many rows."""
     return config.block_m < 2 * rows or config.block_m == 64
 
 
@@ -311,22 +296,6 @@ def _measuring_stream(device: int) -> torch.cuda.Stream:
 
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-_split_sums: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}  # recordings read them: never freed
-
-
-def _split_memory(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of split products and how many parts have been added to each tile. Every product leaves zeros behind.
-
-    One for all products of a device: they run one after the other, on one stream at a time.
-    """
-    if device not in _split_sums:
-        _split_sums[device] = (
-            torch.zeros(_SPLIT_ELEMENTS, dtype=torch.int32, device=device),
-            torch.zeros(math.ceil(_SPLIT_ELEMENTS / 64 / 16), dtype=torch.int32, device=device),
-        )
-    return _split_sums[device]
 
 
 if triton is not None:
@@ -504,23 +473,19 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["rows", "first"], do_not_specialize_on_alignment=["row_scales", "norms"])
     def _product_kernel(
-        a, b, row_scales, column_scales, bias, out, norms, limits, out_scales, sums, arrived,
+        a, b, row_scales, column_scales, bias, out, norms, limits, out_scales,
         rows, first, second, columns, depth,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-        SPLIT: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+        TMA: tl.constexpr, EVEN: tl.constexpr,
         GELU: tl.constexpr, HAS_BIAS: tl.constexpr, SUM: tl.constexpr, EIGHT: tl.constexpr,
     ):  # fmt: skip
-        tile = tl.program_id(0)
-        row, end, column, weight = _place(tile, rows, first, second, columns, BLOCK_M, BLOCK_N, GROUP)
+        row, end, column, weight = _place(tl.program_id(0), rows, first, second, columns, BLOCK_M, BLOCK_N, GROUP)
         down, across, inner = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-        steps = tl.cdiv(depth, BLOCK_K)
-        share = tl.cdiv(steps, SPLIT)
-        start = tl.program_id(1) * share
         if not TMA:  # rows beyond the last read others in their place: no masks in the loop, and none of it is stored
             a_at = a + (down % rows).to(tl.int64)[:, None] * depth + inner[None, :]
             b_at = b + (weight + across % columns).to(tl.int64)[None, :] * depth + inner[:, None]
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM)
-        for step in range(start, tl.minimum(start + share, steps)):
+        for step in range(tl.cdiv(depth, BLOCK_K)):
             k = step * BLOCK_K
             if TMA:
                 x = a.load([row, k])
@@ -532,24 +497,10 @@ if triton is not None:
                 x = tl.load(a_at + k, mask=(k + inner < depth)[None, :], other=0.0)
                 w = tl.load(b_at + k, mask=(k + inner < depth)[:, None], other=0.0)
             total = tl.dot(x, w, total, out_dtype=SUM)
-        if SPLIT == 1:
-            _finish(
-                total, row, end, column, weight, row_scales, column_scales, bias, out, norms, limits, out_scales,
-                columns, GELU, HAS_BIAS, EIGHT, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-        else:
-            at = down[:, None] * columns + across[None, :]
-            inside = (down < end)[:, None] & (across < columns)[None, :]
-            tl.atomic_add(sums + at, total, mask=inside, sem="relaxed")
-            tl.debug_barrier()  # all of this program's sums are there before it says so
-            if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLIT - 1:  # the last one finishes, and tidies up
-                total = tl.load(sums + at, mask=inside, other=0, cache_modifier=".cg")  # atomics bypass the L1 cache
-                tl.store(sums + at, tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM), mask=inside)
-                tl.store(arrived + tile, 0)
-                _finish(
-                    total, row, end, column, weight, row_scales, column_scales, bias, out, norms, limits, out_scales,
-                    columns, GELU, HAS_BIAS, EIGHT, BLOCK_M, BLOCK_N,
-                )  # fmt: skip
+        _finish(
+            total, row, end, column, weight, row_scales, column_scales, bias, out, norms, limits, out_scales,
+            columns, GELU, HAS_BIAS, EIGHT, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
 
     @triton.jit(do_not_specialize=["rows", "first", "programs"], do_not_specialize_on_alignment=["row_scales", "norms"])
     def _persistent_kernel(

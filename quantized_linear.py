@@ -249,7 +249,7 @@ class QuantizedLinear(nn.Module):
         configs = [
             config
             for config in kernels.CANDIDATES
-            if kernels.fits(config, most, *self.weight.shape, self.eight_bit) and (tma or config.form == "pointer")
+            if kernels.fits(config, most) and (tma or config.form == "pointer")
         ]
         return [(b, c) for b in backends for c in (configs if b == "triton" else [None])]
 

@@ -46,7 +46,7 @@ def test_products(config, kind, eight):
     kernel = kernels._persistent_kernel
     if config.form != "persistent":
         kernel = kernels._product_kernel
-        constants |= {"SPLIT": config.split, "TMA": config.form == "tma", "EVEN": True}
+        constants |= {"TMA": config.form == "tma", "EVEN": True}
     types["out"] = "*fp8e4nv" if eight else "*bf16"
     made = compiled(kernel, types, constants, config.warps, config.stages)
     assert made.metadata.shared <= SHARED_MEMORY

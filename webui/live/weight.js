@@ -1,6 +1,6 @@
 /* How heavy a frame may be. The link carries one frame after the other, so what a frame's bytes cost is the time to its
 acknowledgement from the one before, or from its send where the link was empty, less what a word takes there and back.
-Where that is more than half of what the camera takes for a frame, frames become lighter, both ways; where the next heavier ones
+Where that is more than a third of what the camera takes for a frame, frames become lighter, both ways; where the next heavier ones
 would be fast too, heavier again. A link that is far but wide costs a frame nothing, and gets it whole. */
 
 const LEVELS = [
@@ -10,8 +10,8 @@ const LEVELS = [
   { quality: 0.55, scale: 0.75, name: "JPEG 55 %, ¾ size", heavier: 1.7 },
   { quality: 0.5, scale: 0.5, name: "JPEG 50 %, ½ size", heavier: 2.4 },
 ];
-const HEAVY_MS = 16; // of a frame on the link, from which it is lightened: half of what a camera takes for the next
-const LIGHT_MS = 10; // that the next heavier frame may be expected to take
+const HEAVY_MS = 11; // of a frame on the link, from which it is lightened: a third of what a camera takes for the next
+const LIGHT_MS = 8; // that the next heavier frame may be expected to take
 const ACKS = 6; // that are judged together
 const TRY_AGAIN_MS = [4000, 8000, 16000, 32000, 64000]; // longer each time that heavier frames proved too heavy
 
