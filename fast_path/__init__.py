@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fast_path.graphs import Graphs
 from fast_path.reuse import TokenCache
 from fast_path.text_encoder import FusedTextEncoder
 from fast_path.transformer import FusedTransformer
@@ -88,7 +87,7 @@ def _vae(pipeline):
     reason = "2-D convolutions, channels last; the temporal past is zeros"
     if pipeline.vae.device.type == "cuda":
         reason += "; bias, shortcut, norm and SiLU in one kernel, bytes to latents and back in a CUDA graph each"
-    return single_frame_vae(pipeline.vae, Graphs()), reason
+    return single_frame_vae(pipeline.vae), reason
 
 
 def _transformer(pipeline):
@@ -103,7 +102,7 @@ def _transformer(pipeline):
 
 
 def _text_encoder(pipeline):
-    fused = FusedTextEncoder(pipeline.text_encoder, Graphs())
+    fused = FusedTextEncoder(pipeline.text_encoder)
     reason = "no questions to the GPU, windows of one size in one batch, q, k, v and gate, up in one product"
     if freed := fused.offload():
         reason += f", two CUDA graphs, {freed / 1e9:.1f} GB of vocabulary head moved to the CPU"

@@ -55,11 +55,11 @@ class FusedTransformer:
     Raises UnsupportedError for a model whose layers are not those that are written down here, and on CUDA without Triton.
     """
 
-    def __init__(self, transformer: QwenImageTransformer2DModel, graphs: Graphs | None = None):
+    def __init__(self, transformer: QwenImageTransformer2DModel):
         _check(transformer)
         self.transformer = transformer
         self.modulations = Modulations(transformer)
-        self.graphs = Graphs() if graphs is None else graphs
+        self.graphs = Graphs()
         self.token_caches: weakref.WeakSet = weakref.WeakSet()  # see `reuse`: they too hold what weights have made
         self.attention_backends: dict[tuple, SDPBackend] = {}
         self._ropes, self._layouts = ContentCache(32), ContentCache(32)

@@ -19,6 +19,7 @@ from PIL import Image
 from starlette.applications import Starlette
 from websockets.sync.client import connect
 
+from benchmarks.live_view import PassThrough
 from images import EditError, encode_png, open_image
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
 from server import MAX_BODY_BYTES, EngineHolder, create_routes, output_size, parse_edit, plain, read_json
@@ -26,14 +27,13 @@ from server import MAX_BODY_BYTES, EngineHolder, create_routes, output_size, par
 PATIENCE_S = 20  # no claim: only how long a broken server may hang before the test fails
 
 
-class StubPipeline:
+class StubPipeline(PassThrough):
     """The five steps without a model: "negative" inverts the first picture, other prompts return it."""
 
-    default_size = 64
-    device = torch.device("cpu")
     description = {"model": "stub", "device": "cpu"}  # noqa: RUF012
 
     def __init__(self):
+        super().__init__(64)
         self.started = threading.Semaphore(0)  # one release for each frame that reached its denoise
         self.gate = threading.Event()
         self.gate.set()
@@ -42,41 +42,14 @@ class StubPipeline:
     def await_start(self):
         assert self.started.acquire(timeout=PATIENCE_S), "no frame reached its denoise"
 
-    def enable_fast_path(self):
-        return []
-
-    def cache_summary(self):
-        return {}
-
-    def release_memory(self):
-        pass
-
-    def open_references(self, images):
-        return images
-
-    def schedule(self, steps, width, height):
-        return steps
-
-    def initial_noise(self, width, height, seed):
-        return None
-
-    def encode_prompt(self, prompt, images=None):
-        return prompt, None
-
     def encode_references(self, images, *, area, width, height):
         self.references.append(images)
         return images
 
-    def denoise(self, latents, references, prompt, mask, steps, *, on_step, **options):
+    def denoise(self, *inputs, **options):
         self.started.release()
         assert self.gate.wait(PATIENCE_S), "the test never opened the gate"
-        for step in range(steps):
-            on_step(step, steps)
-        picture = 255 - references[0] if prompt == "negative" else references[0]
-        return torch.from_numpy(picture.astype(np.float32))
-
-    def decode(self, latents, width, height):
-        return latents[None].to(torch.uint8)
+        return super().denoise(*inputs, **options)
 
 
 @contextmanager
