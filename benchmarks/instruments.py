@@ -129,7 +129,9 @@ def denoise_flop(config, tokens: dict[str, int], steps: int, batch: int) -> floa
 
 
 def pictures(width: int, height: int, seed: int = 0):
-    """Endless distinct uint8 pictures (H, W, 3): smooth colour fields with a little noise, none seen twice."""
+    """Endless distinct uint8 pictures (H, W, 3), C-contiguous as decoders give them: smooth colour fields with a little
+    noise, none seen twice.
+    """
     random = np.random.default_rng(seed)
     while True:
         coarse = random.uniform(0, 255, (5, 5, 3))
@@ -139,4 +141,4 @@ def pictures(width: int, height: int, seed: int = 0):
         top = coarse[r][:, c] * (1 - fc) + coarse[r][:, c + 1] * fc
         bottom = coarse[r + 1][:, c] * (1 - fc) + coarse[r + 1][:, c + 1] * fc
         picture = top * (1 - fr) + bottom * fr + random.normal(0, 4, (height, width, 3))
-        yield picture.clip(0, 255).astype(np.uint8)
+        yield picture.clip(0, 255).astype(np.uint8, order="C")
