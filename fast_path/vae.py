@@ -34,14 +34,14 @@ from fast_path.graphs import Graphs
 from fast_path.unsupported import UnsupportedError
 
 
-def single_frame_vae(vae: AutoencoderKLQwenImage, graphs: Graphs | None = None) -> "SingleFrameVAE":
+def single_frame_vae(vae: AutoencoderKLQwenImage) -> "SingleFrameVAE":
     """The 2-D VAE that `vae` is for one frame, with its own channels-last copy of the weights (a third of them).
 
     Raises UnsupportedError if `vae` holds a layer whose 2-D form is not known here, and on CUDA without Triton.
     """
     if vae.device.type == "cuda" and vae_kernels.triton is None:
         raise UnsupportedError("the VAE's kernels need Triton, which is not installed")
-    return SingleFrameVAE(vae, graphs).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return SingleFrameVAE(vae).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 class SingleFrameVAE(nn.Module):
@@ -52,9 +52,9 @@ class SingleFrameVAE(nn.Module):
     recorded.
     """
 
-    def __init__(self, vae: AutoencoderKLQwenImage, graphs: Graphs | None = None):
+    def __init__(self, vae: AutoencoderKLQwenImage):
         super().__init__()
-        self.graphs = Graphs() if graphs is None else graphs
+        self.graphs = Graphs()
         encoder, decoder = vae.encoder, vae.decoder
         self.encoder = nn.Sequential(
             _flat(encoder.conv_in), *map(_flat, encoder.down_blocks), _flat(encoder.mid_block),
@@ -83,14 +83,14 @@ class SingleFrameVAE(nn.Module):
         `mean` and `std` (z, 1, 1) are the latents', in the VAE's dtype.
         """
         function = partial(self._encode_picture, dtype=dtype)
-        return self.graphs.run(("encode_picture", id(self), dtype), function, pixels, mean, std)
+        return self.graphs.run(("encode_picture", dtype), function, pixels, mean, std)
 
     def decode_picture(
         self, latents: torch.Tensor, height: int, width: int, mean: torch.Tensor, std: torch.Tensor
     ) -> torch.Tensor:
         """Packed normalised latents (B, height/16 * width/16, 4z) -> bytes (B, height, width, 3)."""
         function = partial(self._decode_picture, height=height, width=width)
-        return self.graphs.run(("decode_picture", id(self), height, width), function, latents, mean, std)
+        return self.graphs.run(("decode_picture", height, width), function, latents, mean, std)
 
     def _encode_picture(self, pixels, mean, std, dtype) -> torch.Tensor:
         x = _run(self.encoder, (pixels.float() / 255.0 * 2.0 - 1.0).to(mean.dtype))  # (B, h, w, z)
