@@ -67,10 +67,11 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
         self.single_frame_vae: fast_path.SingleFrameVAE | None = None
         self.fused_transformer: fast_path.FusedTransformer | None = None
         self.fused_text_encoder: fast_path.FusedTextEncoder | None = None
+        self.attention_quantize = "none"  # or "fp8": of the fast path's attention, when it is put in
         self.caches_enabled = True
         # A live camera fills these with pictures that never come back: the bounds are a few seconds of frames.
         self._caches = {
-            "prompt_tokens": ContentCache(256),
+            "prompt_tokens": ContentCache(64),  # half a megabyte each
             "picture_features": ContentCache(16),
             "prompt_embeds": ContentCache(32),
             "reference_latents": ContentCache(16),
@@ -128,14 +129,15 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
             hook.pre_forward(self.text_encoder)  # CPU offload waits for a forward that we go around
         features = [self._picture_features(p) for p in pictures]
         grids = tuple(grid for _, grid in features)
-        ids, positions, places = self._cached(
+        encoder = self.text_encoder
+        (words, rows), positions, places = self._cached(
             "prompt_tokens",
-            (prompt, grids, self._execution_device, id(self.tokenizer)),
-            lambda: self._tokenise(prompt, grids),
+            (prompt, grids, self._execution_device, id(self.tokenizer), id(encoder), _dtype(encoder)),
+            lambda: self._words(prompt, grids),
         )
         # The language model under the vocabulary head; the head's 152k logits for each token would be thrown away.
-        language_model = self.text_encoder.model.language_model
-        embeds = language_model.embed_tokens(ids)  # (1, L, D)
+        language_model = encoder.model.language_model
+        embeds = words[rows].unsqueeze(0)  # (1, L, D)
         for (start, stop), (feature, _) in zip(places, features, strict=True):
             embeds[:, start:stop] = feature.to(embeds.dtype)
         start = self.prompt_template_encode_start_idx
@@ -164,13 +166,18 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
         return visual(values.to(_dtype(visual)), grid_thw=grid).pooler_output, merged
 
     def _tokenise(self, prompt: str, grids: tuple[vision_language.Grid, ...]):
-        """Token ids (1, L), 3-D rotary positions (3, 1, L), and where each picture's tokens lie."""
+        """Token ids (1, L), 3-D rotary positions (3, 1, L), and where each picture's tokens lie; on the CPU."""
         text = self.prompt_template_encode.format(vision_language.announce_pictures(len(grids)) + prompt)
         ids, positions, places = vision_language.layout(
             self.tokenizer(text)["input_ids"], self.text_encoder.config.image_token_id, grids
         )
-        device = self._execution_device
-        return torch.tensor([ids]).to(device), torch.tensor(positions).T[:, None].to(device), places
+        return torch.tensor([ids]), torch.tensor(positions).T[:, None], places
+
+    def _words(self, prompt: str, grids: tuple[vision_language.Grid, ...]):
+        """What `_tokenise` gives, on the device; in the ids' place their embeddings, see `vision_language.word_rows`."""
+        ids, positions, places = self._tokenise(prompt, grids)
+        words, device = self.text_encoder.model.language_model.embed_tokens, self._execution_device
+        return vision_language.word_rows(words, ids[0].tolist(), device), positions.to(device), places
 
     # Step 2 -----------------------------------------------------------------------------------------------------------
 
@@ -514,6 +521,7 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
             "scheduler": "lightning" if loading.is_lightning(self.scheduler) else "base",
             "dtype": str(_dtype(self.transformer)).removeprefix("torch."),
             "quantized": loading.quantization(self.transformer),
+            "attention_quantized": None if self.attention_quantize == "none" else self.attention_quantize,
             "device": str(self._execution_device),
             "parameters": sum(p.numel() for m in modules for p in m.parameters()),
         }
@@ -576,6 +584,7 @@ def load_pipeline(
     lora: str | None = None,
     lora_weight: float = 1.0,
     quantize: str | None = None,
+    attention_quantize: str | None = None,
     text_encoder_quantize: str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
@@ -585,8 +594,8 @@ def load_pipeline(
 
     `model`: "pocket" (the embedded model), a diffusers folder, or a hub id. `lora`: None or "none", "lightning-4",
     "lightning-8", a file, a hub id, or a hub id and a file in it; fused into the weights. `quantize`,
-    `text_encoder_quantize`: None, "none", "int8" or "fp8"; a folder that was quantised before needs neither. `dtype`:
-    bfloat16 on CUDA, float32 elsewhere if None. `progress(text, fraction)` hears what is done. Raises EditError.
+    `text_encoder_quantize`: None, "none", "int8" or "fp8"; a folder that was quantised before needs neither.
+    `attention_quantize`: None, "none" or "fp8", of the fast path's attention. `dtype`: bfloat16 on CUDA, float32 elsewhere if None. `progress(text, fraction)` hears what is done. Raises EditError.
     """
     tell = progress or (lambda text, fraction: None)
     device = loading.usable_device(device)
@@ -611,6 +620,7 @@ def load_pipeline(
         ) from error
     pipe.set_progress_bar_config(disable=True)
     pipe._origin |= {"model": model, "folder": Path(folder)}
+    pipe.attention_quantize = fast_path.attention_kind(pipe.transformer, attention_quantize, device)
     loading.finish(pipe, device, (lora, lora_weight), None if parts else quantize, text_encoder_quantize, tell)
     return pipe
 

@@ -31,6 +31,7 @@ from pace import Plan, plan_of
 from policies import (
     MOTION_WINDOW,
     TOKEN,
+    beside,
     changed_tokens,
     embeds_anew,
     gives_way,
@@ -250,6 +251,7 @@ class FrameEditor:
         self._pipe, self._device, self._draw, self._clock = pipeline, device, draw, clock
         self._reuse_sessions = reuse_sessions
         self._holders: weakref.WeakSet[SessionMemory] = weakref.WeakSet()  # of token caches
+        self._records_ahead = True
         self._schedules = ContentCache(64)
         self._side = self._beside = self._renewed = (
             None  # streams of the VAE and of renewals, event of the last renewal
@@ -449,6 +451,16 @@ class FrameEditor:
         memory.cache_used_monotonic = now
         return None
 
+    def record_ahead(self, memory: SessionMemory) -> None:
+        """Between two frames: lets the session's token cache prepare for shares that may come; never raises."""
+        if memory.cache is None or not self._records_ahead:
+            return
+        try:
+            memory.cache.record_ahead()
+        except Exception:
+            logger.exception("nothing is recorded ahead any more: a new share of changed tokens stalls its first frame")
+            self._records_ahead = False
+
     def free_caches(self) -> None:
         """Takes the token caches of all sessions, when memory runs out."""
         for memory in list(self._holders):
@@ -461,7 +473,7 @@ class FrameEditor:
         inputs, options = self._inputs(work)
         with work.watch.stage("denoise"):
             if work.cache is not None:
-                work.cache.begin(work.changed)
+                work.cache.begin(work.changed, None if work.changed is None else beside(work.changed))
             work.shown.latents = self._pipe.denoise(*inputs, **options, on_step=work.check)
             self._settle(work)
 

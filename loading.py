@@ -20,7 +20,7 @@ from transformers import Qwen2VLProcessor
 from fp8_linear import Fp8Linear
 from images import EditError
 from int8_linear import Int8Linear
-from quantized_linear import QuantizedLinear, Swapped, is_quantized, load_quantized, swap_linears
+from quantized_linear import QuantizedLinear, Swapped, is_quantized, load_quantized, move_quantized, swap_linears
 
 POCKET_FOLDER = Path(__file__).resolve().parent / "pocket_model" / "weights"
 
@@ -162,7 +162,8 @@ def restore_layers(transformer, folder: Path | None, layers: list[str]) -> None:
         raise EditError(f"The folder {folder} has no {', '.join(sorted(parameters)[:3])}: the LoRA cannot be changed.")
 
 
-UNREAD = {"img_mod", "txt_mod", "lm_head"}  # what a frame does not read: modulation of known times, vocabulary
+# What a frame does not read, or not as a whole: modulation of known times, the vocabulary head, the word table.
+UNREAD = {"img_mod", "txt_mod", "lm_head", "embed_tokens"}
 QUANTIZATIONS = {kind.kind: kind for kind in (Int8Linear, Fp8Linear)}
 
 
@@ -199,7 +200,8 @@ def place(pipeline, device: torch.device) -> None:
     """Moves the pipeline to `device`; of quantised components all but what a frame does not read (`UNREAD`).
 
     The modulation's 13.6 GB would double what the GPU has to hold: `fast_path.modulation` fetches them, block by block,
-    for a time that is new. To run the stock modules move them after: `pipeline.transformer.to(device)`.
+    for a time that is new; `vision_language.word_rows` fetches words. To run the stock modules move them after:
+    `pipeline.transformer.to(device)`.
     """
     components = [c for c in pipeline.components.values() if isinstance(c, torch.nn.Module)]
     if device.type == "cpu" or not any(map(quantization, components)):
@@ -207,6 +209,7 @@ def place(pipeline, device: torch.device) -> None:
         return
     for component in components:
         stays = UNREAD if quantization(component) else set()
+        move_quantized(component, device)  # before the others: a `to` of their own would take them apart
         for name, module in component.named_modules():
             if not stays & set(name.split(".")):
                 module._apply(lambda tensor: tensor.to(device), recurse=False)

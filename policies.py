@@ -130,10 +130,10 @@ def changed_tokens(now: np.ndarray, seen: np.ndarray, threshold: float) -> np.nd
     """Which tokens must be computed again: bool (H / 16, W / 16).
 
     A token has changed when the mean absolute difference of its 16x16 pixels from what it last saw reaches `threshold`
-    (of 255). Its neighbours count too, all eight: the VAE and the model look over a token's edge.
+    (of 255).
     """
     difference = np.maximum(now, seen) - np.minimum(now, seen)  # uint8: no wider copy of a whole picture
-    return dilated(_block_means(difference, TOKEN).mean(axis=2) >= threshold)
+    return _block_means(difference, TOKEN).mean(axis=2) >= threshold
 
 
 def still_tokens(now: np.ndarray, before: np.ndarray, low: float = 3.0, high: float = 6.0) -> np.ndarray:
@@ -171,9 +171,9 @@ def motion_strength(
     return rate * (1.0 - moved) + (1.0 - rate) * before
 
 
-def dilated(mask: np.ndarray) -> np.ndarray:
-    """bool (rows, columns) and each True's eight neighbours."""
-    return _largest_neighbour(mask)
+def beside(mask: np.ndarray) -> np.ndarray:
+    """bool (rows, columns): the eight neighbours of each True that are not True themselves."""
+    return _largest_neighbour(mask) & ~mask
 
 
 def _largest_neighbour(values: np.ndarray) -> np.ndarray:

@@ -207,32 +207,41 @@ def has_tma(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-@torch.no_grad()
 def measure_us(functions: list[Callable[[], object]], rounds: int = 4) -> float:
     """Microseconds a call of `functions`, one after the other in a CUDA graph, the best of `rounds` replays.
 
     Give each its own weights, together larger than the L2 cache, and the weights are read from memory as in a model.
     """
+    graph = recorded(functions)
+    return min([replay_us(graph) for _ in range(rounds + 1)][1:]) / len(functions)
+
+
+@torch.no_grad()
+def recorded(functions: list[Callable[[], object]]) -> "torch.cuda.CUDAGraph":
+    """All of them, one after the other, in a CUDA graph."""
     for function in (functions[0], *functions):
         function()
-    stream, graph = _measuring_stream(torch.cuda.current_device()), torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(_measuring_stream(torch.cuda.current_device())):
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             for function in functions:
                 function()
         finally:
             graph.capture_end()
-        times = []
-        for _ in range(rounds + 1):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-    return min(times[1:]) * 1e3 / len(functions)
+    return graph
+
+
+def replay_us(graph: "torch.cuda.CUDAGraph") -> float:
+    """Microseconds that one replay takes."""
+    with torch.cuda.stream(_measuring_stream(torch.cuda.current_device())):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+    return begin.elapsed_time(end) * 1e3
 
 
 def _quantize_rows_torch(x, dtype, group, gelu) -> Quantized:

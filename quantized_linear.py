@@ -26,79 +26,27 @@ from safetensors.torch import save_file
 from torch import nn
 
 import quantized_kernels as kernels
+from quantized_choices import PAIRS, TABLE
 from quantized_kernels import Config, Quantized, quantize_rows
 
 MULTIPLE = 16  # inputs and outputs: 16 bytes are what tensor cores and the memory accelerator take
 # Layers of Qwen-Image that stay as they are: they are read once a step or run on one row, and errors there reach all.
 # And of its text encoder: what is not read at all, and what is small and sees pixels.
 KEPT = ("img_in", "txt_in", "time_text_embed", "norm_out", "proj_out", "img_mod", "txt_mod", "lm_head", "visual")
+# What the fast path multiplies with at once, in its order: the text's layers and the image's of Qwen-Image, the text
+# encoder's layers of one input. They are quantised and moved into one piece of memory each, so that nothing has to be
+# laid together later, when the GPU is full.
+TOGETHER = (
+    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_q", "attn.to_k", "attn.to_v"),
+    ("attn.to_add_out", "attn.to_out.0"),
+    ("txt_mlp.net.0.proj", "img_mlp.net.0.proj"),
+    ("txt_mlp.net.2", "img_mlp.net.2"),
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("mlp.gate_proj", "mlp.up_proj"),
+)
 NOTE, FILES = "quantization.json", "quantized-*.safetensors"
+_CHUNK = 2**21  # numbers that are quantised at a time: intermediates in float32 take 8 MB each
 _COLD_BYTES = 160e6  # weights in a measurement: more than twice the 60 MB of L2 on Hopper
-
-# (kind, rows up to, outputs, inputs) -> backend and how, where a measurement on an H200 stands for one on the spot.
-TABLE: dict[tuple[str, int, int, int], tuple[str, Config | None]] = {
-    ("int8", 512, 3072, 3072): ("triton", Config(64, 128, 128, 4, 4, "tma")),
-    ("fp8", 512, 3072, 3072): ("triton", Config(128, 128, 128, 8, 4, "tma")),
-    ("int8", 512, 9216, 3072): ("triton", Config(64, 128, 128, 4, 3, "tma")),
-    ("fp8", 512, 9216, 3072): ("scaled_mm", None),
-    ("int8", 512, 12288, 3072): ("triton", Config(64, 128, 128, 4, 3, "tma")),
-    ("fp8", 512, 12288, 3072): ("scaled_mm", None),
-    ("int8", 512, 3072, 12288): ("triton", Config(64, 128, 128, 4, 4, "tma")),
-    ("fp8", 512, 3072, 12288): ("scaled_mm", None),
-    ("int8", 2048, 3072, 3072): ("triton", Config(64, 128, 128, 4, 3, "tma")),
-    ("fp8", 2048, 3072, 3072): ("scaled_mm", None),
-    ("int8", 2048, 9216, 3072): ("triton", Config(128, 128, 128, 4, 3, "tma")),
-    ("fp8", 2048, 9216, 3072): ("scaled_mm", None),
-    ("int8", 2048, 12288, 3072): ("triton", Config(128, 128, 128, 4, 3, "tma")),
-    ("fp8", 2048, 12288, 3072): ("scaled_mm", None),
-    ("int8", 2048, 3072, 12288): ("triton", Config(64, 128, 128, 4, 3, "tma")),
-    ("fp8", 2048, 3072, 12288): ("scaled_mm", None),
-    ("int8", 8192, 3072, 3072): ("triton", Config(128, 128, 128, 4, 3, "tma")),
-    ("fp8", 8192, 3072, 3072): ("scaled_mm", None),
-    ("int8", 8192, 9216, 3072): ("triton", Config(128, 128, 128, 4, 3, "tma")),
-    ("fp8", 8192, 9216, 3072): ("scaled_mm", None),
-    ("int8", 8192, 12288, 3072): ("triton", Config(128, 128, 128, 4, 3, "tma")),
-    ("fp8", 8192, 12288, 3072): ("scaled_mm", None),
-    ("int8", 8192, 3072, 12288): ("triton", Config(128, 128, 128, 8, 3, "tma")),
-    ("fp8", 8192, 3072, 12288): ("scaled_mm", None),
-    ("int8", 256, 3072, 3072): ("triton", Config(64, 64, 128, 4, 6, "tma")),
-    ("fp8", 256, 3072, 3072): ("triton", Config(64, 128, 128, 4, 4)),
-    ("int8", 256, 9216, 3072): ("triton", Config(64, 128, 128, 4, 3, "tma")),
-    ("fp8", 256, 9216, 3072): ("scaled_mm", None),
-    ("int8", 256, 12288, 3072): ("triton", Config(64, 128, 128, 4, 3, "tma")),
-    ("fp8", 256, 12288, 3072): ("scaled_mm", None),
-    ("int8", 256, 3072, 12288): ("triton", Config(64, 64, 128, 4, 6, "tma")),
-    ("fp8", 256, 3072, 12288): ("scaled_mm", None),
-}
-
-
-# (kind, rows up to, outputs, inputs) -> for a `QuantizedPair`, measured with 220 rows of text before the picture's.
-PAIRS: dict[tuple[str, int, int, int], tuple[str, Config]] = {
-    ("int8", 1024, 9216, 3072): ("together", Config(128, 128, 128, 8, 3, "tma")),
-    ("int8", 1024, 3072, 3072): ("together", Config(64, 128, 128, 4, 3, "tma")),
-    ("int8", 1024, 12288, 3072): ("together", Config(64, 128, 128, 4, 3, "tma")),
-    ("int8", 1024, 3072, 12288): ("together", Config(64, 128, 128, 4, 3, "tma")),
-    ("int8", 4096, 9216, 3072): ("together", Config(128, 128, 128, 4, 3, "tma")),
-    ("int8", 4096, 3072, 3072): ("together", Config(128, 128, 128, 8, 3, "tma")),
-    ("int8", 4096, 12288, 3072): ("together", Config(128, 128, 128, 4, 3, "tma")),
-    ("int8", 4096, 3072, 12288): ("together", Config(128, 128, 128, 8, 3, "tma")),
-    ("int8", 8192, 9216, 3072): ("together", Config(128, 128, 128, 8, 3, "tma")),
-    ("int8", 8192, 3072, 3072): ("together", Config(128, 128, 128, 4, 3, "tma")),
-    ("int8", 8192, 12288, 3072): ("together", Config(128, 128, 128, 4, 3, "tma")),
-    ("int8", 8192, 3072, 12288): ("together", Config(128, 128, 128, 8, 3, "tma")),
-    ("fp8", 1024, 9216, 3072): ("together", Config(128, 256, 128, 8, 4, "persistent")),
-    ("fp8", 1024, 3072, 3072): ("together", Config(64, 128, 128, 4, 3, "tma")),
-    ("fp8", 1024, 12288, 3072): ("apart", Config(128, 128, 128, 8, 3, "tma")),
-    ("fp8", 1024, 3072, 12288): ("together", Config(64, 128, 128, 4, 3, "tma")),
-    ("fp8", 4096, 9216, 3072): ("together", Config(128, 256, 128, 8, 4, "persistent")),
-    ("fp8", 4096, 3072, 3072): ("together", Config(128, 256, 128, 8, 4, "persistent")),
-    ("fp8", 4096, 12288, 3072): ("apart", Config(128, 256, 128, 8, 4, "persistent")),
-    ("fp8", 4096, 3072, 12288): ("together", Config(128, 256, 128, 8, 4, "persistent")),
-    ("fp8", 8192, 9216, 3072): ("apart", Config(128, 256, 128, 8, 4, "persistent")),
-    ("fp8", 8192, 3072, 3072): ("together", Config(128, 256, 128, 8, 4, "persistent")),
-    ("fp8", 8192, 12288, 3072): ("apart", Config(128, 256, 128, 8, 4, "persistent")),
-    ("fp8", 8192, 3072, 12288): ("together", Config(128, 128, 128, 4, 3, "tma")),
-}
 
 
 class Choice(NamedTuple):
@@ -125,23 +73,40 @@ class QuantizedLinear(nn.Module):
         if why := refusal(inputs, outputs, group):
             raise ValueError(why)
         self.in_features, self.out_features, self.group = inputs, outputs, group
+        self._float = dtype or torch.get_default_dtype()
 
         def parameter(*shape, dtype):
             return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
 
         self.weight = parameter(outputs, inputs, dtype=self.eight_bit)
         self.scale = parameter(outputs, dtype=torch.float32)
-        self.bias = parameter(outputs, dtype=dtype or torch.get_default_dtype()) if bias else None
+        self.bias = parameter(outputs, dtype=self._float) if bias else None
 
     @classmethod
     def from_float(cls, linear: nn.Linear, group: int = 0) -> "QuantizedLinear":
         """The layer quantised where its weight lies, `group` inputs at a time rotated before. The bias is carried."""
-        made = cls(
-            linear.in_features, linear.out_features, linear.bias is not None,
-            group=group, dtype=linear.weight.dtype, device="meta",
+        return cls.all_from_float([linear], group)[0]
+
+    @classmethod
+    def all_from_float(cls, linears: list[nn.Linear], group: int = 0, device=None) -> list["QuantizedLinear"]:
+        """Layers of one input quantised into one piece of memory on `device`: written where they stay, some rows at a
+        time, so that of the float weights only those rows are ever there.
+        """
+        first = linears[0]
+        whole = cls(
+            first.in_features, sum(linear.out_features for linear in linears), first.bias is not None,
+            group=group, dtype=first.weight.dtype, device=first.weight.device if device is None else device,
         )  # fmt: skip
-        made._fill(cls.quantize_weight(linear.weight.detach(), group), linear.bias)
-        return made
+        layers = whole.parts([linear.out_features for linear in linears])
+        for layer, linear in zip(layers, linears, strict=True):
+            for begin in range(0, layer.out_features, max(1, _CHUNK // layer.in_features)):
+                rows = slice(begin, begin + max(1, _CHUNK // layer.in_features))
+                weight = cls.quantize_weight(linear.weight.detach()[rows].to(whole.weight.device), group)
+                layer.weight.data[rows].copy_(weight.values)
+                layer.scale.data[rows].copy_(weight.scales)
+            if layer.bias is not None:
+                layer.bias.data.copy_(linear.bias)
+        return layers
 
     @classmethod
     def quantize_weight(cls, weight: torch.Tensor, group: int = 0) -> Quantized:
@@ -149,19 +114,31 @@ class QuantizedLinear(nn.Module):
         return kernels._quantize_rows_torch(weight, cls.eight_bit, group, gelu=False)
 
     @staticmethod
-    def merged(layers: list["QuantizedLinear"]) -> "QuantizedLinear":
-        """Layers of one input as one, outputs side by side. Theirs become views of its memory: nothing is held twice."""
+    def merged(layers: list["QuantizedLinear"], device=None) -> "QuantizedLinear":
+        """Layers of one input as one on `device`, outputs side by side. Theirs become views of its memory: nothing is
+        held twice. Where they lie there like that already, nothing moves.
+        """
         first = layers[0]
         if len({(type(layer), layer.in_features, layer.group, layer.bias is None) for layer in layers}) != 1:
             raise ValueError(f"only layers of one kind and one input can be merged: {layers}")
-        outputs, bias = sum(layer.out_features for layer in layers), first.bias is not None
-        made = type(first)(first.in_features, outputs, bias, group=first.group, dtype=first.dtype, device="meta")
+        counts, bias = [layer.out_features for layer in layers], first.bias is not None
+        device = first.weight.device if device is None else torch.device(device)
+        wholes = []
         for name in ("weight", "scale", "bias")[: 2 + bias]:
-            whole = _bytes_wise(torch.cat, [getattr(layer, name).data for layer in layers])
-            setattr(made, name, nn.Parameter(whole, requires_grad=False))
-            for layer, part in zip(layers, whole.split([layer.out_features for layer in layers]), strict=True):
-                getattr(layer, name).data = part
-        return made
+            pieces = [getattr(layer, name).data for layer in layers]
+            whole = _adjoining(pieces, device)
+            if whole is None:
+                whole = pieces[0].new_empty(sum(counts), *pieces[0].shape[1:], device=device)
+                for layer, piece, part in zip(layers, pieces, whole.split(counts), strict=True):
+                    setattr(layer, name, nn.Parameter(part.copy_(piece), False))
+            wholes.append(whole)
+        return first._of(Quantized(*wholes[:2]), wholes[2] if bias else None, first.group, first.dtype)
+
+    def parts(self, counts: list[int]) -> list["QuantizedLinear"]:
+        """Layers of so many outputs each, one after the other: views of this one's parameters."""
+        weights = map(Quantized, self.weight.data.split(counts), self.scale.data.split(counts))
+        biases = [None] * len(counts) if self.bias is None else self.bias.data.split(counts)
+        return [self._of(weight, bias, self.group, self.dtype) for weight, bias in zip(weights, biases, strict=True)]
 
     @property
     def reads(self) -> tuple[torch.dtype, int]:
@@ -171,7 +148,7 @@ class QuantizedLinear(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of results for inputs that come quantised."""
-        return torch.get_default_dtype() if self.bias is None else self.bias.dtype
+        return self._float if self.bias is None else self.bias.dtype
 
     def quantize(self, x: torch.Tensor, gelu: bool = False) -> Quantized:
         """Rows (R, K) as this layer reads them, GELU and rotation included."""
@@ -247,15 +224,20 @@ class QuantizedLinear(nn.Module):
     def _ways(self, rows: int, backends: list[str]) -> list[tuple[str, Config | None]]:
         tma, most = kernels.has_tma(self.weight.device), row_bucket(rows)  # what serves these serves their whole class
         configs = [
-            config
-            for config in kernels.CANDIDATES
-            if kernels.fits(config, most) and (tma or config.form == "pointer")
+            config for config in kernels.CANDIDATES if kernels.fits(config, most) and (tma or config.form == "pointer")
         ]
         return [(b, c) for b in backends for c in (configs if b == "triton" else [None])]
 
     def _copy(self) -> "QuantizedLinear":
-        made = type(self)(*self.weight.shape[::-1], False, group=self.group, device="meta")
-        made._fill(Quantized(self.weight.data.clone(), self.scale.data), self.bias)
+        return self._of(Quantized(self.weight.data.clone(), self.scale.data), self.bias, self.group, self.dtype)
+
+    @classmethod
+    def _of(cls, weight: Quantized, bias: torch.Tensor | None, group: int, dtype: torch.dtype) -> "QuantizedLinear":
+        """The layer of these parameters, whose results are of `dtype`."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        (made.out_features, made.in_features), made.group, made._float = weight.values.shape, group, dtype
+        made._fill(weight, bias)
         return made
 
     def _fill(self, weight: Quantized, bias: torch.Tensor | None) -> None:
@@ -270,6 +252,7 @@ class QuantizedLinear(nn.Module):
             moved = getattr(self, name)
             if moved.dtype != data.dtype:
                 moved.data = data.to(moved.device)
+        self._float = fn(torch.empty(0, dtype=self._float)).dtype
         return self
 
     def extra_repr(self) -> str:
@@ -288,9 +271,9 @@ class QuantizedPair:
     def __init__(self, first: list[QuantizedLinear], second: list[QuantizedLinear]):
         self.whole = QuantizedLinear.merged([*first, *second])
         if self.whole.weight.is_cuda:
-            torch.cuda.empty_cache()  # the pieces left behind are too small for the next pair: they would pile up
+            torch.cuda.empty_cache()  # pieces that were left behind are too small for the next pair: they would pile up
         self.out_features = self.whole.out_features // 2
-        self.parts = tuple(self._part(slice(i * self.out_features, (i + 1) * self.out_features)) for i in range(2))
+        self.parts = tuple(self.whole.parts([self.out_features] * 2))
 
     @staticmethod
     def possible(first: list, second: list) -> bool:
@@ -311,7 +294,10 @@ class QuantizedPair:
     @functools.cached_property
     def limits(self) -> torch.Tensor:
         """float32 (2, 2), see `quantized_kernels.multiply`."""
-        norms = [(torch.linalg.vector_norm(m.weight.float(), dim=1) * m.scale).max() for m in self.parts]
+        norms = []
+        for m in self.parts:  # some rows at a time: in float32 the weight is four times as large
+            rows = m.weight.split(max(1, _CHUNK // m.in_features))
+            norms.append((torch.cat([torch.linalg.vector_norm(part.float(), dim=1) for part in rows]) * m.scale).max())
         biases = [m.scale.new_zeros(()) if m.bias is None else m.bias.abs().max().float() for m in self.parts]
         return torch.stack([torch.stack(pair) for pair in zip(norms, biases, strict=True)])
 
@@ -352,18 +338,6 @@ class QuantizedPair:
         if torch.cuda.is_current_stream_capturing():
             return Choice("apart", None, "not measured: the first call of this shape was recorded")
         made = _measured["pair", *key, dtype, device] = self._measure(rows, first, dtype)
-        return made
-
-    def _part(self, outputs: slice) -> QuantizedLinear:
-        whole = self.whole
-        made = type(whole)(
-            whole.in_features, self.out_features, whole.bias is not None, group=whole.group, dtype=whole.dtype,
-            device="meta",
-        )  # fmt: skip
-        made._fill(
-            Quantized(whole.weight.data[outputs], whole.scale.data[outputs]),
-            None if whole.bias is None else whole.bias.data[outputs],
-        )
         return made
 
     def _multiply(self, x, first, out, config, gelu, limits=None):
@@ -471,26 +445,52 @@ def swap_linears(
     """Puts `kind` in place of every `nn.Linear` in `module` for which `filter(linear, name)` gives no reason not to.
 
     `group(name)` is the length of the rotation's groups. With `device`, layer after layer goes there to be quantised and
-    stays: of a model on the CPU no float copy ever lies on the GPU. Fuse a LoRA before. A `ValueError` changes nothing
-    of the layer that it names.
+    stays, those of `TOGETHER` side by side: of a model on the CPU no float layer ever lies on the GPU. Fuse a LoRA
+    before. A `ValueError` changes nothing of the layers that it names.
     """
-    swapped, skipped, before, after = [], {}, 0, 0
-    for name, linear in [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear)]:
+    linears, skipped = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}, {}
+    for name, linear in linears.items():
         why = filter(linear, name)
         if type(linear) is not nn.Linear:
             why = why or f"a {type(linear).__name__} is more than a linear layer"
         if why := why or refusal(linear.in_features, linear.out_features, group(name)):
             skipped[name] = why
+    wanted = {name: linear for name, linear in linears.items() if name not in skipped}
+    after = 0
+    for names in _together({n: (m.in_features, group(n), m.bias is None, m.weight.dtype) for n, m in wanted.items()}):
+        layers = kind.all_from_float([wanted[name] for name in names], group(names[0]), device)
+        for name, layer in zip(names, layers, strict=True):
+            layer.train(wanted[name].training)
+            parent, _, own = name.rpartition(".")
+            setattr(module.get_submodule(parent), own, layer)
+            after += sum(p.nbytes for p in layer.parameters())
+    before = sum(p.nbytes for linear in wanted.values() for p in linear.parameters())
+    return Swapped(list(wanted), skipped, before, after)
+
+
+def move_quantized(module: nn.Module, device: torch.device) -> None:
+    """Moves the 8-bit layers in `module`, those of a group of `TOGETHER` into one memory."""
+    layers = {n: m for n, m in module.named_modules() if isinstance(m, QuantizedLinear)}
+    for names in _together({n: (type(m), m.in_features, m.group, m.bias is None) for n, m in layers.items()}):
+        QuantizedLinear.merged([layers[name] for name in names], device)
+
+
+def _together(kinds: dict[str, tuple]) -> list[list[str]]:
+    """The names in the groups of `TOGETHER`, where all of a group are there and of one kind; the others alone."""
+    groups, left = [], dict(kinds)
+    for name in kinds:
+        if name not in left:
             continue
-        before += sum(p.nbytes for p in linear.parameters())
-        moved = linear if device is None else _moved(linear, device)
-        layer = kind.from_float(moved, group(name))
-        layer.train(linear.training)
-        parent, _, own = name.rpartition(".")
-        setattr(module.get_submodule(parent), own, layer)
-        after += sum(p.nbytes for p in layer.parameters())
-        swapped.append(name)
-    return Swapped(swapped, skipped, before, after)
+        found = [name]
+        for group in TOGETHER:
+            prefixes = [name.removesuffix(own) for own in group if name == own or name.endswith(f".{own}")]
+            names = [prefixes[0] + own for own in group] if prefixes else []
+            if names and len({left.get(n) for n in names} - {None}) == 1 and all(n in left for n in names):
+                found = names
+        groups.append(found)
+        for n in found:
+            del left[n]
+    return groups
 
 
 def swapper(kind: type[QuantizedLinear]) -> Callable[..., Swapped]:
@@ -502,19 +502,17 @@ def swapper(kind: type[QuantizedLinear]) -> Callable[..., Swapped]:
     return swap
 
 
-def _moved(linear: nn.Linear, device) -> nn.Linear:
-    """A copy of the layer on `device`; the original keeps its memory until it is dropped."""
-    made = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-    made.weight = nn.Parameter(linear.weight.detach().to(device), False)
-    made.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(device), False)
-    return made
-
-
-def _bytes_wise(function, tensors: list[torch.Tensor]) -> torch.Tensor:
-    """For operations that torch has not for 8-bit floats but that only move memory."""
-    if tensors[0].dtype.itemsize != 1:
-        return function(tensors)
-    return function([t.view(torch.uint8) for t in tensors]).view(tensors[0].dtype)
+def _adjoining(pieces: list[torch.Tensor], device: torch.device) -> torch.Tensor | None:
+    """Tensors (n, ...) as one if they follow each other in one memory on `device` already."""
+    first = pieces[0]
+    memory, place = first.untyped_storage()._cdata, first.storage_offset()
+    for piece in pieces:
+        if piece.untyped_storage()._cdata != memory or piece.storage_offset() != place or not piece.is_contiguous():
+            return None
+        place += piece.numel()
+    if device.type != first.device.type or device.index not in (None, first.device.index):
+        return None
+    return first.as_strided((sum(map(len, pieces)), *first.shape[1:]), first.stride())
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

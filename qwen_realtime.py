@@ -83,6 +83,7 @@ class EditResult:
     skipped: bool = False  # the last picture again: the frame was like the one before
     notes: tuple[str, ...] = ()  # what a person should know of this frame: "reuse: off, guidance is on"
     computed: float = 1.0  # share of the tokens that were computed, not reused
+    waited_ms: float = 0.0  # of age_ms: in the mailbox, until the engine took the frame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +120,7 @@ class _Frame:
     size: tuple[int, int]  # width, height
     on_step: Callable[[int, int], None] | None
     submitted_monotonic: float
+    waited_ms: float = 0.0  # in the mailbox
     cancelled: bool = False  # set under the lock, read by the inference thread without it
     outcome: concurrent.futures.Future = dataclasses.field(default_factory=concurrent.futures.Future)  # of EditResult
     work: Work | None = None  # the rest is the inference thread's
@@ -503,7 +505,9 @@ class RealtimeEngine:
                     session = self._sessions[next_session(waiting, now)]
                     frame, session._pending = session._pending, None
                     session._served_monotonic = now
-                    self._taken += [] if frame is None else [frame]
+                    if frame is not None:
+                        frame.waited_ms = (now - frame.submitted_monotonic) * 1000
+                        self._taken.append(frame)
                     return _Turn(session, frame, session._flight)
                 if self._tail is not None:
                     return None
@@ -533,6 +537,8 @@ class RealtimeEngine:
         if turn is not None and not self._overlap:
             self._finish(turn)
             self._deliver_turn(turn)
+        if turn is not None:
+            self._editor.record_ahead(turn.session._memory)
         return True
 
     def _begin(self, turn: _Turn) -> None:
@@ -658,11 +664,7 @@ class RealtimeEngine:
             frame.error = error
 
     def _deliver(self, frame: _Frame) -> None:
-        session, work, frame.work = (
-            frame.session,
-            frame.work,
-            None,
-        )  # which holds keys and values, and in its turn the frame
+        session, work, frame.work = frame.session, frame.work, None  # it holds keys and values, and the frame
         stages_ms = work.watch.read_ms() if frame.error is None and not frame.cancelled else {}
         with self._lock:
             self._taken = [other for other in self._taken if other is not frame]
@@ -687,7 +689,7 @@ class RealtimeEngine:
                 self._errors += 1
             fps = frame_rate(session._done_times, now)
             told = (stages_ms, latency_ms, session._dropped, fps, skipped, tuple(work.notes), work.computed)
-            result = EditResult(frame.number, frame.image, frame.error, frame.params, *told)
+            result = EditResult(frame.number, frame.image, frame.error, frame.params, *told, frame.waited_ms)
             session._publish(result)
             frame.outcome.set_result(result)
 

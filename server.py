@@ -23,6 +23,7 @@ import os
 
 # As the page's program does, and for the same reason (see `webui_realtime`). Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -72,6 +72,7 @@ def add_flags(parser: argparse.ArgumentParser, *, host: str, port: int) -> None:
     add("--lora-weight", type=float, default=1.0, help="how strongly the LoRA is fused in (default 1)")
     kinds = ("none", "int8", "fp8")
     add("--quantize", choices=kinds, default="none", help="8-bit linear layers in the transformer")
+    add("--attention-quantize", choices=("none", "fp8"), default="none", help="8-bit attention in the transformer (Hopper)")
     add("--text-encoder-quantize", choices=kinds, default="none", help="and in the text encoder")
     add("--device", default="auto", help='"auto" (default), "cpu", "cuda" or "cuda:1"')
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
@@ -240,6 +241,7 @@ def _load_choice(holder: EngineHolder, options: argparse.Namespace, choice: Mode
         lora=choice.lora,
         lora_weight=options.lora_weight,
         quantize=None if options.quantize == "none" else options.quantize,
+        attention_quantize=None if options.attention_quantize == "none" else options.attention_quantize,
         text_encoder_quantize=None if options.text_encoder_quantize == "none" else options.text_encoder_quantize,
         device=device,
         dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),

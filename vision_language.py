@@ -79,6 +79,21 @@ def layout(
     return spread, positions, places
 
 
+def word_rows(words: torch.nn.Embedding, ids: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A text's own small word table (U, D) and, of each of its tokens, the row in it, int64 (L,); both on `device`.
+
+    `table[rows]` is `words(ids)` to the bit. The model's table of a gigabyte is only ever read for some hundred words a
+    prompt: they are looked up where it lies, which may be the CPU, and only they are brought over.
+    """
+    place = {word: row for row, word in enumerate(dict.fromkeys(ids))}
+    # On the meta device lies what an offloading hook will bring to the pipeline's device when it is called.
+    home = device if words.weight.is_meta else words.weight.device
+    table, rows = words(torch.tensor(list(place), device=home)), torch.tensor([place[word] for word in ids])
+    if device.type == "cuda":
+        table, rows = (t if t.is_cuda else t.pin_memory() for t in (table, rows))
+    return table.to(device, non_blocking=True), rows.to(device, non_blocking=True)
+
+
 def pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rows (1, L_i, D) as one (B, max L, D), zeros behind, and the mask (B, max L) of what is not; None if all is."""
     lengths = [row.shape[1] for row in rows]

@@ -8,7 +8,7 @@ Weights are the pocket model, `random` (full size, built on the GPU: 62 GB), or 
 `stock` is `QwenImageEditPlusPipeline.__call__` on the same modules, `stock-compiled` the same with regional compile,
 `cache-dit` the same with that package where it is installed and applies; `plain` is our pipeline without accelerations,
 `torchao-int8` and `torchao-fp8` the same on torchao's layers, compiled; `fast` is our pipeline with the fast path,
-`fast-int8` and `fast-fp8` with our quantised linear layers in it. A frame goes from uint8 pictures never seen before on the CPU
+`fast-int8` and `fast-fp8` with our quantised linear layers in it, and with `-attention` 8-bit attention too. A frame goes from uint8 pictures never seen before on the CPU
 to uint8 pictures on the CPU. Subjects that can stand beside each other on one set of modules take turns, frame by frame,
 so that a machine's drift meets them alike; the others follow in phases (see `subjects`), and what a large matrix product
 reaches is measured before each, so that drift between phases shows.
@@ -35,6 +35,7 @@ import os
 
 # As the program does (see `webui_realtime`): the CPU's figures are those that a person gets. Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import platform
 import statistics
@@ -233,6 +234,7 @@ class Trial:
             "weights": weights,
             **asdict(self.case),
             "quantize": self.subject.quantize,
+            "attention_quantize": self.subject.attention_quantize,
             "text_encoder_quantize": "none",
             "changed_tokens": 1.0,
             "median_ms": round(median, 2),

@@ -23,6 +23,7 @@ from PIL import Image
 import loading
 from benchmarks.instruments import Clock
 from cached_pipeline import CachedQwenImageEditPipeline
+from fast_path import attention
 from images import download
 
 PROMPT = "make it a pencil sketch"
@@ -74,7 +75,7 @@ def as_run(subject: str, case: Case) -> Case:
 class Subject:
     """One way to make an edit; `edit` is the frame that is timed."""
 
-    quantize = "none"
+    quantize = attention_quantize = "none"
 
     def __init__(self, pipeline: QwenImageEditPlusPipeline):
         self.pipeline = pipeline
@@ -94,13 +95,21 @@ class Subject:
 class Ours(Subject):
     """Our five steps, one after the other, as the engine calls them. Fast or plain is the pipeline's own state."""
 
-    def __init__(self, pipeline: CachedQwenImageEditPipeline, quantize: str = "none"):
+    def __init__(self, pipeline: CachedQwenImageEditPipeline, quantize: str = "none", attention_quantize: str = "none"):
         super().__init__(pipeline)
-        self.quantize = quantize
+        self.quantize, self.attention_quantize = quantize, attention_quantize
         self._kept: dict[tuple, tuple] = {}
+
+    def prepare(self, case: Case) -> None:
+        transformer = self.pipeline.transformer
+        reason = attention.refusal(transformer.device, transformer.config.attention_head_dim)
+        if self.attention_quantize != "none" and reason:
+            raise LeftOutError(f"8-bit attention: {reason}")
 
     def edit(self, frames: Frames, case: Case, clock: Clock) -> np.ndarray:
         pipeline, width, height = self.pipeline, case.width, case.height
+        if pipeline.fused_transformer is not None:  # two subjects may share it, and take turns
+            pipeline.fused_transformer.eight_bit_attention = self.attention_quantize == "fp8"
         slots = pipeline.open_references(frames)
         embeds, mask, negative, negative_mask = self._embed(slots, case)
         clock.mark("encode_prompt")
@@ -327,7 +336,7 @@ def _fast_quantized(kind: str) -> Callable[[Models], AbstractContextManager[dict
             loading.quantize(transformer, kind, device)
             gc.collect()
             models.ours.enable_fast_path()
-            yield {f"fast-{kind}": Ours(models.ours, kind)}
+            yield {f"fast-{kind}": Ours(models.ours, kind), f"fast-{kind}-attention": Ours(models.ours, kind, "fp8")}
         finally:
             models.ours.disable_fast_path()
             models.renew_transformer()
@@ -371,8 +380,8 @@ PHASES = (
     Phase(("fast",), _fast),
     Phase(("stock-compiled",), _compiled),
     Phase(("cache-dit",), _cache_dit),
-    Phase(("fast-fp8",), _fast_quantized("fp8")),
-    Phase(("fast-int8",), _fast_quantized("int8")),
+    Phase(("fast-fp8", "fast-fp8-attention"), _fast_quantized("fp8")),
+    Phase(("fast-int8", "fast-int8-attention"), _fast_quantized("int8")),
     Phase(("torchao-fp8",), _torchao("fp8")),
     Phase(("torchao-int8",), _torchao("int8")),
 )

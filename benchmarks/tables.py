@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MISSING = "-"
+MAIN_VIDEOS = ("still", "moving", "30% changed")  # side by side in a cell
 
 
 def tables(folder: Path = RESULTS) -> str:
@@ -63,7 +64,7 @@ def kind_of(result: dict) -> str | None:
 
 
 def _files(folder: Path, kind: str) -> list[tuple[Path, dict]]:
-    found = [(path, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    found = [(path, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"), key=lambda p: p.stem)]
     return [(path, result) for path, result in found if kind_of(result) == kind]
 
 
@@ -107,34 +108,63 @@ def _table(path: Path, result: dict) -> str:
 
 
 def _techniques(files: list[tuple[Path, dict]]) -> str:
-    """A line a file, and one table: a row for each technique, on the still and the moving video as "still / moving",
-    and for each video of its own. Figures that depend on the machine stand once for each file, by its number.
+    """A line a file, a table of a row for each technique, and one of those that depend on how much changes.
+
+    A cell of the first has the figures on MAIN_VIDEOS, in their order. Figures that depend on the machine stand once
+    for each file, by its number; the others are of the first file that knows them.
     """
     heads, rows = [], {}
     for number, (path, result) in enumerate(files, 1):
         first = result["rows"][0] if result["rows"] else {}
-        form = "weights {weights}, {width}x{height}, steps {steps}, edits {edits}; {videos}" if first else "no rows"
+        form = "weights {weights}, layers {quantize}, attention {attention_quantize}, {width}x{height}, steps {steps}, edits {edits}; {videos}"
         videos = ", ".join(dict.fromkeys(row["video"] for row in result["rows"]))
-        what = form.format(**first | {"edits": ", ".join(first.get("edits", [])), "videos": videos})
+        named = {"attention_quantize": "none"} | first | {"edits": ", ".join(first.get("edits", [])), "videos": videos}
+        what = form.format(**named) if first else "no rows"
         heads.append(f"({number}) {_machine(path, result)}: {what}.")
-        known = set(rows)
         for row in result["rows"]:
-            key = (row["technique"], "" if row["video"] in ("still", "moving") else row["video"])
-            if key not in known and (row["technique"], "") in known:
-                key = (row["technique"], "")  # a file with another video than those before it: the head says which
-            rows.setdefault(key, {}).setdefault(number, {})[row["video"]] = row
-    columns = {"technique": [f"{name}, {video}" if video else name for name, video in rows]}
-    for heading, key, form in _TECHNIQUE_FIGURES:  # of the first file that knows it
-        cells = [_pair(row, key, form) for row in rows.values() for row in [_knowing(row, key)]]
-        columns[heading] = cells
-    for number in range(1, len(files) + 1):
-        for heading, key, form in _TECHNIQUE_SPEEDS:
-            columns[f"({number}) {heading}"] = [_pair(row.get(number, {}), key, form) for row in rows.values()]
-    columns = {name: cells for name, cells in columns.items() if set(cells) != {MISSING}}
+            rows.setdefault(row["technique"], {}).setdefault(number, {})[row["video"]] = row
     left_out = [(number, *item) for number, (_, result) in enumerate(files, 1) for item in result["left_out"].items()]
     absent = "; ".join(f"({number}) {name} ({why})" for number, name, why in left_out)
     # Each head is a paragraph's line: two spaces break it.
-    return "\n\n".join(["  \n".join(heads), _markdown(columns), *([f"Not measured: {absent}."] if absent else [])])
+    parts = ["  \n".join(heads), _by_technique(rows, len(files)), _by_share(rows, len(files))]
+    return "\n\n".join([*filter(None, parts), *([f"Not measured: {absent}."] if absent else [])])
+
+
+def _by_technique(rows: dict[str, dict[int, dict]], files: int) -> str:
+    columns = {"technique": list(rows)}
+    # What a cell is made of: of this technique those of MAIN_VIDEOS that some file knows.
+    known = [{name for by_video in row.values() for name in by_video} for row in rows.values()]
+    videos = [[name for name in MAIN_VIDEOS if name in names] or sorted(names) for names in known]
+    for heading, key, form in _TECHNIQUE_FIGURES:
+        found = [_knowing(row, key) for row in rows.values()]
+        columns[heading] = [_by_video(*pair, key, form) for pair in zip(found, videos, strict=True)]
+    for number in range(1, files + 1):
+        for heading, key, form in _TECHNIQUE_SPEEDS:
+            found = [row.get(number, {}) for row in rows.values()]
+            columns[f"({number}) {heading}"] = [_by_video(*pair, key, form) for pair in zip(found, videos, strict=True)]
+    return _markdown({name: cells for name, cells in columns.items() if set(cells) != {MISSING}})
+
+
+def _by_share(rows: dict[str, dict[int, dict]], files: int) -> str:
+    """Of the techniques that were measured on more videos of a share of changed tokens than the first table has."""
+    lines = []
+    for technique, row in rows.items():
+        videos = {name for by_video in row.values() for name in by_video if name.endswith("% changed")}
+        if videos - set(MAIN_VIDEOS):
+            lines += [(technique, name) for name in sorted(videos, key=lambda name: float(name.split("%")[0]))]
+    columns = {"technique": [name for name, _ in lines], "changed": [video.split(" ")[0] for _, video in lines]}
+    for heading, key, form in _SHARE_FIGURES:
+        cells = []
+        for name, video in lines:
+            found = _knowing({number: {video: row.get(video, {})} for number, row in rows[name].items()}, key)
+            cells.append(_by_video(found, [video], key, form))
+        columns[heading] = cells
+    for number in range(1, files + 1):
+        for heading, key, form in _SHARE_SPEEDS:
+            found = [rows[name].get(number, {}).get(video, {}).get(key) for name, video in lines]
+            columns[f"({number}) {heading}"] = [MISSING if value is None else form(value) for value in found]
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {MISSING}}
+    return _markdown(columns) if lines else ""
 
 
 def _knowing(row: dict[int, dict], key: str) -> dict:
@@ -142,11 +172,12 @@ def _knowing(row: dict[int, dict], key: str) -> dict:
     return next((by_video for by_video in row.values() if any(r.get(key) is not None for r in by_video.values())), {})
 
 
-def _pair(by_video: dict[str, dict], key: str, form: Callable[[float], str]) -> str:
-    """The figure on the still and on the moving video, or on the one that there is."""
-    videos = [name for name in ("still", "moving") if name in by_video] or list(by_video)
-    cells = [MISSING if by_video[name].get(key) is None else form(by_video[name][key]) for name in videos]
-    return MISSING if not set(cells) - {MISSING} else " / ".join(cells)
+def _by_video(by_video: dict[str, dict], videos: list[str], key: str, form: Callable[[float], str]) -> str:
+    """The figure on each of the videos, without the missing ones at the end."""
+    values = [by_video.get(name, {}).get(key) for name in videos]
+    while values and values[-1] is None:
+        values.pop()
+    return " / ".join(MISSING if value is None else form(value) for value in values) or MISSING
 
 
 def _memory(path: Path, result: dict) -> str:
@@ -157,6 +188,9 @@ def _memory(path: Path, result: dict) -> str:
         "transformer on the GPU, GB": lambda row: _number(row["transformer_gb"]),
         "everything resident, GB": lambda row: _number(row["resident_gb"]),
         "peak while loading, GB": lambda row: _number(row["loading"]["allocated_gb"]),
+        "peak at 512x512, GB": lambda row: _number(row["512"]["running"]["allocated_gb"]),
+        "taken from the GPU then, GB": lambda row: _number(row["512"]["running"]["used_gb"]),
+        "card, GB": lambda row: f"{row['card_gb']:g}" if row.get("card_gb") else MISSING,
     }
     for size in ("256", "512"):
         columns[f"{size}x{size}, ms"] = lambda row, size=size: _number(row[size]["vlm_cached_ms"])
@@ -168,14 +202,21 @@ def _memory(path: Path, result: dict) -> str:
 def _linear(path: Path, result: dict) -> str:
     """How many times as fast as bf16 the layers are alone, geometric means over the shapes."""
     means = result["means"]
-    cells = {
-        "layers alone": [mean["kind"] for mean in means],
-        "rows": [str(mean["rows"]) for mean in means],
-        "with quantisation and bias": [f"{mean['layer']:.2f}x" for mean in means],
-        "goal": [f"{mean['bar']:g}x" for mean in means],
-        "product alone": [f"{mean['product']:.2f}x" for mean in means],
+    columns = {
+        "in place, without the norm's own time": "in_place_gemm",
+        "in place": "in_place",
+        "alone, rows quantised by a kernel of its own": "layer",
+        "product alone": "product",
     }
-    return f"{_machine(path, result)}; against bf16 `F.linear`.\n\n{_markdown(cells)}"
+    cells = {
+        "layers": [mean["kind"] for mean in means],
+        "rows": [str(mean["rows"]) for mean in means],
+        "goal": [f"{mean['bar']:g}x" for mean in means],
+    }
+    for heading, name in columns.items():
+        cells[heading] = [f"{mean[name]:.2f}x" if name in mean else MISSING for mean in means]
+    what = "against bf16: in place, what the fast path runs for a layer, with quantisation, bias and epilogue; alone, `F.linear`"
+    return f"{_machine(path, result)}; {what} (see `benchmarks/linear.py`).\n\n{_markdown(cells)}"
 
 
 def _quality(path: Path, result: dict) -> str:
@@ -311,14 +352,13 @@ _FIGURES = {
     # Files of before process memory was read have 0 for a CPU.
     "peak GB": lambda row, rows: _number(row["peak_memory_gb"]) if row.get("peak_memory_gb") else MISSING,
 }
-_TECHNIQUE_FIGURES = (
-    ("loss, dB", "loss_db", lambda value: f"{value + 0.0:.1f}" if abs(value) >= 0.05 else "0.0"),
-    ("flicker", "flicker_ratio", lambda value: f"{value:.2f}x"),
-    ("skipped", "skip_rate", lambda value: f"{value:.0%}"),
-    ("computed", "changed_tokens", lambda value: f"{value:.0%}"),
-)
-_TECHNIQUE_SPEEDS = (
-    ("frames/s", "fps", lambda value: f"{value:.1f}"),
-    ("p50 ms", "median_ms", _number),
-    ("p95 ms", "p95_ms", _number),
-)
+_LOSS = ("loss, dB", "loss_db", lambda value: f"{value + 0.0:.1f}" if abs(value) >= 0.05 else "0.0")
+_FLICKER = ("flicker", "flicker_ratio", lambda value: f"{value:.2f}x")
+_COMPUTED = ("computed", "changed_tokens", lambda value: f"{value:.0%}")
+_FPS = ("frames/s", "fps", lambda value: f"{value:.1f}")
+_P50 = ("p50 ms", "median_ms", lambda value: f"{value:.0f}" if value >= 10 else _number(value))
+_P95 = ("p95 ms", "p95_ms", lambda value: f"{value:.0f}" if value >= 10 else _number(value))
+_TECHNIQUE_FIGURES = (_LOSS, _FLICKER, ("skipped", "skip_rate", lambda value: f"{value:.0%}"), _COMPUTED)
+_TECHNIQUE_SPEEDS = (_FPS, _P50, _P95)
+_SHARE_FIGURES = (_LOSS, _FLICKER)
+_SHARE_SPEEDS = (_COMPUTED, _FPS, _P50, _P95)

@@ -1,7 +1,7 @@
 """What each technique of the realtime engine gives and costs: frames a second, latency, loss, flicker, one row each.
 
     python -m benchmarks.techniques --weights pocket --size 256 --steps 2 --out benchmarks/results/techniques-cpu.json
-    python -m benchmarks.techniques --weights random --size 512 --frames 48 --commit 1234567 --out FILE
+    python -m benchmarks.techniques --weights random --size 512 --frames 14 --live-seconds 1 --more-videos "30% changed"
     python -m benchmarks.techniques --only reuse --videos "30% changed"      # what it is compared with runs too
 
 A technique is some changed settings (see TECHNIQUES). It runs as a client's session would, on synthetic videos of real
@@ -9,9 +9,13 @@ photographs (see `videos`), and twice on each:
 
 - In stream: the next frame is put into the session's mailbox as soon as the engine has taken the last. So every
   technique sees the same frames, each once, as fast as it can take them. Of this come `fps`, skips, shares, `loss_db`
-  and flicker. The first WARMUP frames of each run are in no figure.
-- Before a camera: CAMERA_FPS frames a second, taken or not, newest wins, for `--live-seconds`. Of this come `median_ms`
-  and `p95_ms`: the age of the delivered frames, from submit to done, waiting included; the engine's own count.
+  and flicker. The first WARMUP frames of each run are in no figure. Where a later frame needs something that is made
+  once, a CUDA graph or a noise level's modulation, the session streams the video once more, MOST_PASSES times at most,
+  and the last time counts. What that costs is in `first_ms`, the first frame from submit to done, and in `longest_ms`,
+  the longest time between two results, in any pass; `prepared` is how much was made in the frames that count even so.
+- Before a camera, in the same session: CAMERA_FPS frames a second, taken or not, newest wins, for `--live-seconds`. Of
+  this come `median_ms` and `p95_ms`: the age of the delivered frames, from submit to done, waiting included; the
+  engine's own count. Once more if something was prepared in it.
 
 The pocket model's edits have a computed right answer for each frame as it came, noise and all. `psnr_db` is the
 output's distance from it, `loss_db` how much less that is than with the technique it is compared with (`against`,
@@ -22,24 +26,26 @@ the largest one.
 
 The file is as `benchmark`'s: {"kind": "techniques", "device", versions, "commit", "rows", "left_out"}; rows have its
 names where they mean the same. `changed_tokens` is the share of tokens that was computed in the frames that were not
-skipped, `changed_in_video` what moved in the scene, `notes` the last three different ones that came with the results.
-It is written after each row. The exit status is 1 if a technique failed.
+skipped, `changed_in_video` what moved in the scene, `notes` the last three different ones that came with the results,
+`wall_s` what the row took. It is written after each row. The exit status is 1 if a technique failed.
 """
 
 import argparse
 import functools
+import gc
 import json
 import os
 
 # As the program does (see `webui_realtime`). Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import random
 import statistics
 import sys
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -49,6 +55,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+import fast_path
+import loading
 from benchmarks.benchmark import Budget, ResultFile, environment, reason_of
 from benchmarks.instruments import Memory
 from benchmarks.subjects import LeftOutError, random_pipeline
@@ -59,6 +67,7 @@ from pocket_model.edits import EDITS, WORDINGS
 from qwen_realtime import LIMITS, STAGES, EditParams, EditResult, EngineConfig, RealtimeEngine, Session
 
 WARMUP = 4  # frames of a run in no figure: recordings, a filling stream batch, the first frame of a cache
+MOST_PASSES = 4  # of a video in a session, until nothing is made any more in the frames that count
 CAMERA_FPS = 30
 PATIENCE_S = 120.0  # for one frame
 SAME_DB = 100.0
@@ -165,18 +174,28 @@ def submit(session: Session, picture: np.ndarray, params: EditParams) -> Future:
 
 @dataclass
 class Shot:
-    """One frame's result and when it was done, on the clock of `time.perf_counter`."""
+    """One frame's result, when it was done, on the clock of `time.perf_counter`, and what was `prepared` by then."""
 
     result: EditResult | None = None
     done_s: float = 0.0
+    prepared: int = 0
 
 
-def stream(session: Session, frames: list[np.ndarray], params: list[EditParams]) -> list[Shot]:
+def prepared(pipeline) -> int:
+    """How many things the fast path has made that are made once: CUDA graphs, modulation of noise levels."""
+    parts = [part for name in fast_path.PARTS if (part := getattr(pipeline, name)) is not None]
+    made, fused = sum(part.graphs.recordings for part in parts), pipeline.fused_transformer
+    if fused is not None:
+        made += fused.modulations.summary()["misses"] + sum(cache.recordings for cache in list(fused.token_caches))
+    return made
+
+
+def stream(session: Session, pipeline, frames: list[np.ndarray], params: list[EditParams]) -> list[Shot]:
     """Every frame's shot, each submitted when the mailbox is empty. Raises the first error that a frame has."""
     shots, futures = [Shot() for _ in frames], []
 
     def note(shot: Shot, future: Future) -> None:  # on the inference thread
-        shot.done_s = time.perf_counter()
+        shot.done_s, shot.prepared = time.perf_counter(), prepared(pipeline)
 
     for shot, picture, settings in zip(shots, frames, params, strict=True):
         waits_until = time.perf_counter() + PATIENCE_S
@@ -193,7 +212,58 @@ def stream(session: Session, frames: list[np.ndarray], params: list[EditParams])
     return shots
 
 
-def before_camera(session: Session, frames: list[np.ndarray], params: EditParams, seconds: float) -> list[float]:
+@dataclass
+class Streamed:
+    """A session's passes through a video, of which the last counts."""
+
+    shots: list[Shot]  # of the last pass
+    first_ms: float
+    longest_ms: float
+
+    @property
+    def counted(self) -> list[Shot]:
+        return self.shots[WARMUP:]
+
+    @property
+    def span_s(self) -> float:
+        return self.shots[-1].done_s - self.shots[WARMUP - 1].done_s
+
+    @property
+    def prepared(self) -> int:
+        """What was made in the frames that count."""
+        return self.shots[-1].prepared - self.shots[WARMUP - 1].prepared
+
+
+def stream_until_steady(session: Session, pipeline, frames: list[np.ndarray], params: list[EditParams]) -> Streamed:
+    """Streams the video until nothing is prepared after its warm-up any more, MOST_PASSES times at most."""
+    passes = [stream(session, pipeline, frames, params)]
+    while len(passes) < MOST_PASSES and Streamed(passes[-1], 0.0, 0.0).prepared:
+        again = [marked(frame, len(passes) * len(frames) + i) for i, frame in enumerate(frames)]
+        passes.append(stream(session, pipeline, again, params))
+    gaps = [after.done_s - before.done_s for shots in passes for before, after in pairwise(shots)]
+    return Streamed(passes[-1], passes[0][0].result.age_ms, max(gaps) * 1000)
+
+
+def marked(picture: np.ndarray, number: int) -> np.ndarray:
+    """A copy that no cache has seen: the first four bytes are another number."""
+    picture = picture.copy()
+    picture.reshape(-1)[:4] = np.frombuffer(number.to_bytes(4, "little"), np.uint8)
+    return picture
+
+
+def before_camera(
+    session: Session, pipeline, frames: list[np.ndarray], params: EditParams, seconds: float
+) -> list[float]:
+    """Ages, once more if something had to be prepared the first time: see `_before_camera`."""
+    for _ in range(2):
+        before = prepared(pipeline)
+        ages = _before_camera(session, frames, params, seconds)
+        if prepared(pipeline) == before:
+            break
+    return ages
+
+
+def _before_camera(session: Session, frames: list[np.ndarray], params: EditParams, seconds: float) -> list[float]:
     """Ages in ms of the frames delivered while CAMERA_FPS frames a second come, to and fro through `frames`."""
     ages, lock = [], threading.Lock()
     back_and_forth = list(range(len(frames))) + list(range(len(frames) - 2, 0, -1))
@@ -205,14 +275,13 @@ def before_camera(session: Session, frames: list[np.ndarray], params: EditParams
 
     began, futures, i = time.perf_counter(), [], 0
     while time.perf_counter() < began + seconds or (len(ages) < 3 and time.perf_counter() < began + PATIENCE_S):
-        picture = frames[back_and_forth[i % len(back_and_forth)]].copy()
-        picture.reshape(-1)[:4] = np.frombuffer(i.to_bytes(4, "little"), np.uint8)  # no cache has seen it
-        futures.append(submit(session, picture, params))
+        picture = frames[back_and_forth[i % len(back_and_forth)]]
+        futures.append(submit(session, marked(picture, 2**31 + i), params))
         futures[-1].add_done_callback(note)
         i += 1
         time.sleep(max(0.0, began + i / CAMERA_FPS - time.perf_counter()))
     futures[-1].result(PATIENCE_S)  # the newest frame is always done
-    return ages[1:]  # without the session's first
+    return ages[1:]  # the first comes after a jump in the video
 
 
 class Bench:
@@ -269,17 +338,21 @@ def measure(bench: Bench, technique: Technique, name: str, engine: RealtimeEngin
     """One row. Raises what a frame raised, and LeftOutError without what it is compared with."""
     if technique.against != technique.name and (technique.against, name) not in bench.figures:
         raise LeftOutError(f"what it is compared with, {technique.against}, was not measured")
-    args, frames = bench.args, bench.frames(name)
+    began, args, frames, pipeline = time.perf_counter(), bench.args, bench.frames(name), engine.pipeline
     memory = Memory(torch.device(args.device))
     memory.reset_peak()
-    shots, span_s, quality, to_other, flicker = [], 0.0, [], [], []
+    runs, quality, to_other, flicker = [], [], [], []
     for edit in args.edits:
-        engine.pipeline.clear_caches()  # an earlier row has had the same frames
+        pipeline.clear_caches()  # an earlier row has had the same frames
+        params = bench.params(technique, name, edit)
         with engine.open_session() as session:
-            run = stream(session, frames, bench.params(technique, name, edit))
-        span_s += run[-1].done_s - run[WARMUP - 1].done_s
-        outputs = [at_size_of(shot.result.image, frame) for shot, frame in zip(run, frames, strict=True)]
-        bench.outputs[technique.name, name, edit] = outputs
+            runs.append(stream_until_steady(session, pipeline, frames, params))
+            if edit == args.edits[-1]:
+                ages = before_camera(session, pipeline, frames, params[-1], args.live_seconds)
+        shots = runs[-1].shots
+        outputs = [at_size_of(shot.result.image, frame) for shot, frame in zip(shots, frames, strict=True)]
+        if any(technique.name == other.against for other in TECHNIQUES):
+            bench.outputs[technique.name, name, edit] = outputs
         if args.weights == "pocket":
             right = bench.right(technique, name, edit)
             quality += [psnr_db(*pair) for pair in zip(outputs[WARMUP:], right[WARMUP:], strict=True)]
@@ -287,14 +360,11 @@ def measure(bench: Bench, technique: Technique, name: str, engine: RealtimeEngin
             other = bench.outputs[technique.against, name, edit]
             to_other += [psnr_db(*pair) for pair in zip(outputs[WARMUP:], other[WARMUP:], strict=True)]
         flicker.append(differences(outputs[WARMUP:]))
-        shots += run[WARMUP:]
-    peak_gb = memory.peak_gb()
-    with engine.open_session() as session:
-        ages = before_camera(session, frames, bench.params(technique, name, args.edits[0])[0], args.live_seconds)
+    shots = [shot for run in runs for shot in run.counted]
     results = [shot.result for shot in shots]
     computed = [result for result in results if not result.skipped]
     mean = {
-        "fps": len(shots) / span_s,
+        "fps": len(shots) / sum(run.span_s for run in runs),
         "psnr_db": statistics.fmean(quality) if quality else None,
         "flicker": statistics.fmean(d for one in flicker for d in one),
     }
@@ -315,7 +385,8 @@ def measure(bench: Bench, technique: Technique, name: str, engine: RealtimeEngin
         "references": 1,
         "reference_area": args.size**2,
         "batch": 1,
-        "quantize": "none",
+        "quantize": args.quantize,
+        "attention_quantize": args.attention_quantize,
         "text_encoder_quantize": "none",
         "vlm": technique.params.get("embeds", "fresh"),
         "changed_in_video": round(bench.clean_share[name], 3),
@@ -326,16 +397,20 @@ def measure(bench: Bench, technique: Technique, name: str, engine: RealtimeEngin
         "median_ms": round(float(np.percentile(ages, 50)), 2),
         "p95_ms": round(float(np.percentile(ages, 95)), 2),
         "camera_frames": len(ages),
+        "first_ms": round(max(run.first_ms for run in runs), 2),
+        "longest_ms": round(max(run.longest_ms for run in runs), 2),
+        "prepared": sum(run.prepared for run in runs),
         "psnr_db": _rounded(mean["psnr_db"]),
         "loss_db": _rounded(None if mean["psnr_db"] is None else other["psnr_db"] - mean["psnr_db"]),
         "psnr_to_plain_db": _rounded(statistics.fmean(to_other) if to_other else None),
         "flicker": _rounded(mean["flicker"]),
         "flicker_ratio": _rounded(mean["flicker"] / other["flicker"]) if other["flicker"] else None,
         "jump": _rounded(max(d for one in flicker for d in one)),
-        "peak_memory_gb": _rounded(peak_gb),
+        "peak_memory_gb": _rounded(memory.peak_gb()),
         "stages_ms": _means([r.stages_ms for r in computed]),
         "tflops": None,
         "notes": list(dict.fromkeys(note for result in reversed(results) for note in result.notes))[:3],
+        "wall_s": round(time.perf_counter() - began, 2),
     }  # fmt: skip
 
 
@@ -347,15 +422,19 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
 
-def chosen(only: list[str] | None, videos: list[str] | None) -> list[tuple[Technique, tuple[str, ...]]]:
-    """The techniques whose name contains one of `only`, each with its videos, and those that they are compared with."""
+def chosen(only: list[str], videos: list[str], more_videos: list[str]) -> list[tuple[Technique, tuple[str, ...]]]:
+    """The techniques whose name contains one of `only`, and those that they are compared with, each with its videos.
+
+    `videos` stand in the place of a technique's own, `more_videos` beside them unless it has but one.
+    """
     wanted: dict[str, tuple[str, ...]] = {}
     for technique in TECHNIQUES:
         if only and not any(part.lower() in technique.name.lower() for part in only):
             continue
-        names = tuple(name for name in (videos or technique.videos) if name in SCENES)
-        wanted[technique.name] = names
+        own = videos or technique.videos
+        names = tuple(dict.fromkeys((*own, *(more_videos if len(own) > 1 else ()))))
         also = wanted.get(technique.against, ())
+        wanted[technique.name] = names
         wanted[technique.against] = tuple(dict.fromkeys(also + names))
         by_name = {t.name: t for t in TECHNIQUES}
         if by_name[technique.against].against != technique.against:  # what it is compared with has one itself
@@ -365,27 +444,41 @@ def chosen(only: list[str] | None, videos: list[str] | None) -> list[tuple[Techn
     return [(technique, wanted[technique.name]) for technique in order if technique.name in wanted]
 
 
+def load(args, device: torch.device):
+    """The pipeline. Raises EditError for weights that are not there or cannot be quantised."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if args.weights != "random":
+        kinds = {"quantize": args.quantize, "attention_quantize": args.attention_quantize}
+        return load_pipeline(args.weights, device=args.device, dtype=dtype, **kinds)
+    pipeline = random_pipeline(args.device, dtype)
+    pipeline.attention_quantize = fast_path.attention_kind(pipeline.transformer, args.attention_quantize, device)
+    if args.quantize != "none":
+        loading.quantize(pipeline.transformer, args.quantize, device)
+        gc.collect()  # the float weights
+    return pipeline
+
+
 def run(args) -> ResultFile:
     """Measures what the command line asks for."""
     budget, device = Budget(args.seconds), torch.device(args.device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    result = ResultFile(args.out, {"kind": "techniques", **environment(device, args.commit)})
-    if args.weights == "random":
-        pipeline = random_pipeline(args.device, dtype)
-    else:
-        pipeline = load_pipeline(args.weights, device=args.device, dtype=dtype)
-    bench = Bench(args)
+    result, bench = ResultFile(args.out, {"kind": "techniques", **environment(device, args.commit)}), Bench(args)
+    todo = chosen(args.only, args.videos, args.more_videos)
+    with ThreadPoolExecutor(1) as beside:  # the videos are made while the weights are
+        made = beside.submit(lambda: [bench.frames(name) for name in {name for _, names in todo for name in names}])
+        pipeline = load(args, device)
+        made.result()
     with ExitStack() as running:
         engine, config = None, None
-        for technique, names in chosen(args.only, args.videos):
+        for technique, names in todo:
             if engine is None or technique.config != config:
                 running.close()
-                pipeline.disable_fast_path()  # recordings belong to the engine's thread that made them
+                # Recordings belong to the engine's thread that made them. What else there is of the fast path stays.
+                pipeline.release_memory()
+                settings = EngineConfig(**technique.config, fast_path=engine is None)
                 draw = random.Random(args.seed).random  # the similarity filter's: the same frames are skipped each time
-                engine = RealtimeEngine(pipeline, EngineConfig(**technique.config), draw=draw)
-                config = technique.config
+                engine, config = RealtimeEngine(pipeline, settings, draw=draw), technique.config
                 running.enter_context(engine)
             for name in names:
                 if budget.is_over():
@@ -409,23 +502,28 @@ def _line(row: dict) -> str:
 
     return (
         f"{row['technique']}: {row['video']}: {row['fps']:.2f} frames/s, "
-        f"{row['median_ms']:.0f} and {row['p95_ms']:.0f} ms, skipped {row['skip_rate']:.0%}, "
+        f"{row['median_ms']:.0f} and {row['p95_ms']:.0f} ms, longest {row['longest_ms']:.0f} ms, "
+        f"skipped {row['skip_rate']:.0%}, "
         f"computed {show('changed_tokens', '.0%')}, loss {show('loss_db', '.2f')} dB, "
         f"to {row['against']} {show('psnr_to_plain_db', '.1f')} dB, "
-        f"flicker {row['flicker']:.2f} (x{show('flicker_ratio', '.2f')})"
+        f"flicker {row['flicker']:.2f} (x{show('flicker_ratio', '.2f')}), in {row['wall_s']:.1f} s"
     )
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default="pocket", help="pocket, random (full size), or a model folder or id")
+    parser.add_argument("--attention-quantize", default="none", choices=["none", "fp8"], help="of the fast path")
+    parser.add_argument("--quantize", default="none", choices=["none", *loading.QUANTIZATIONS], help="the transformer")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", type=int, default=256, help="side of the square frames and outputs in pixels")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--frames", type=int, default=24, help=f"of a video, {WARMUP} of them to warm up (default 24)")
     parser.add_argument("--edits", nargs="+", choices=ONE_PICTURE, help="default: " + ", ".join(EDIT_NAMES))
-    parser.add_argument("--only", nargs="+", help="techniques whose name contains one of these")
-    parser.add_argument("--videos", nargs="+", choices=list(SCENES), help="in the place of the techniques' own")
+    parser.add_argument("--only", nargs="+", default=[], help="techniques whose name contains one of these")
+    parser.add_argument("--videos", nargs="+", default=[], choices=SCENES, help="in the place of the techniques' own")
+    more = "beside the own ones, if these are several"
+    parser.add_argument("--more-videos", nargs="+", default=[], choices=SCENES, help=more)
     parser.add_argument("--live-seconds", type=float, default=4.0, help="before a camera, each row (default 4)")
     parser.add_argument("--seconds", type=float, help="end after about so many, with every row that fits")
     parser.add_argument("--seed", type=int, default=0, help="of the camera's noise and of the similarity filter")
@@ -436,7 +534,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--frames is {args.frames}: at least {WARMUP + 3}, of which {WARMUP} warm up")
     # Without right answers another edit tells nothing new.
     args.edits = args.edits or list(EDIT_NAMES if args.weights == "pocket" else EDIT_NAMES[:1])
-    if args.only and not chosen(args.only, args.videos):
+    if args.only and not chosen(args.only, args.videos, args.more_videos):
         parser.error(f"--only is {' '.join(args.only)}. Names: {', '.join(t.name for t in TECHNIQUES)}")
     return args
 

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from fast_path import attention
 from fast_path.reuse import TokenCache
 from fast_path.text_encoder import FusedTextEncoder
 from fast_path.transformer import FusedTransformer
 from fast_path.unsupported import UnsupportedError
 from fast_path.vae import SingleFrameVAE, single_frame_vae
+from images import EditError
 from loading import is_lightning
 
 __all__ = [
@@ -56,6 +58,17 @@ def apply(pipeline) -> list[Applied]:
     return report
 
 
+def attention_kind(transformer, kind: str | None, device: torch.device) -> str:
+    """"none" or "fp8", as asked for. Raises EditError for another kind and where 8-bit attention cannot run."""
+    if kind in (None, "none"):
+        return "none"
+    if kind != "fp8":
+        raise EditError(f'The quantisation of the attention is "{kind}". Allowed: none, fp8.')
+    if reason := attention.refusal(device, transformer.config.attention_head_dim):
+        raise EditError(f'The attention cannot be quantised to "fp8" here: {reason}. Allowed here: none.')
+    return kind
+
+
 def in_use(pipeline) -> bool:
     """Whether any part is in."""
     return any(getattr(pipeline, name) is not None for name in PARTS)
@@ -76,6 +89,8 @@ def remove(pipeline) -> None:
         pipeline.fused_transformer.modulations.onload()
     if pipeline.fused_text_encoder is not None:
         pipeline.fused_text_encoder.onload()
+    if pipeline.single_frame_vae is not None:
+        pipeline.vae.to(pipeline.transformer.proj_out.weight.device)
     forget_recordings(pipeline)  # they hold the part that they belong to
     for name in PARTS:
         setattr(pipeline, name, None)
@@ -87,12 +102,18 @@ def _vae(pipeline):
     reason = "2-D convolutions, channels last; the temporal past is zeros"
     if pipeline.vae.device.type == "cuda":
         reason += "; bias, shortcut, norm and SiLU in one kernel, bytes to latents and back in a CUDA graph each"
-    return single_frame_vae(pipeline.vae), reason
+    flat = single_frame_vae(pipeline.vae)
+    if pipeline.vae.device.type == "cuda":
+        reason += f", {sum(p.nbytes for p in pipeline.vae.parameters()) / 1e9:.2f} GB of 3-D convolutions moved to the CPU"
+        pipeline.vae.to("cpu")
+    return flat, reason
 
 
 def _transformer(pipeline):
-    fused = FusedTransformer(pipeline.transformer)
+    eight_bit = pipeline.attention_quantize == "fp8"
+    fused = FusedTransformer(pipeline.transformer, eight_bit)
     reason = "q, k and v in one product, small operations fused, the last block's unread outputs left out"
+    reason += ", attention in 8 bits (e4m3), which is approximate" * eight_bit
     times = _lightning_times(pipeline)
     if times:
         fused.modulations.get(times[0], times)
@@ -105,7 +126,7 @@ def _text_encoder(pipeline):
     fused = FusedTextEncoder(pipeline.text_encoder)
     reason = "no questions to the GPU, windows of one size in one batch, q, k, v and gate, up in one product"
     if freed := fused.offload():
-        reason += f", two CUDA graphs, {freed / 1e9:.1f} GB of vocabulary head moved to the CPU"
+        reason += f", two CUDA graphs, {freed / 1e9:.2f} GB of vocabulary head and word table moved to the CPU"
     return fused, reason
 
 

@@ -3,7 +3,8 @@
 At batch one the 20 B transformer launches its kernels more slowly than the GPU runs them: eager, a step at 256x256 and
 one at 512x512 take the same time. A replayed graph launches thousands of kernels with one call. The price is one
 recording for each new shape, some tens of milliseconds for what is written in few kernels: cheap enough to do when a
-shape first comes, so nothing is padded, bucketed or guessed ahead.
+shape first comes, so nothing is padded, bucketed or guessed ahead. (But by token reuse: its shapes change with every
+frame.)
 
 Graphs are recorded and replayed on the engine's one inference thread; recording is thread-local, so that the page's
 threads may go on talking to the GPU. Recordings of one object share a memory pool: their scratch space overlaps, which is safe
@@ -47,13 +48,11 @@ class Graphs:
         """
         if not inputs[0].is_cuda:
             return function(*inputs)
-        key = (key, *((tuple(t.shape), t.dtype, t.device) for t in inputs))
+        key = _kind(key, inputs)
         entry = self._entries.get(key)
         if entry is None:
             outputs = function(*inputs)
-            self._entries[key] = self._record(function, inputs)
-            if len(self._entries) > self.max_entries:
-                self._entries.popitem(last=False)
+            self._keep(key, self._record(function, inputs))
             return outputs
         self._entries.move_to_end(key)
         for static, given in zip(entry.inputs, inputs, strict=True):
@@ -61,6 +60,24 @@ class Graphs:
         entry.graph.replay()
         outputs = tuple(t.clone() for t in entry.outputs)
         return outputs[0] if entry.single else outputs
+
+    def knows(self, key: Hashable, *inputs: torch.Tensor) -> bool:
+        """Whether `run` would record nothing."""
+        return not inputs[0].is_cuda or _kind(key, inputs) in self._entries
+
+    @property
+    def full(self) -> bool:
+        """Whether the next recording pushes another one out."""
+        return len(self._entries) >= self.max_entries
+
+    def record(self, key: Hashable, function: Callable, *inputs: torch.Tensor) -> None:
+        """Records before it is needed, on CUDA. Nothing runs here: what a first call compiles and fills must be there."""
+        self._keep(_kind(key, inputs), self._record(function, inputs))
+
+    def _keep(self, key: Hashable, entry: _Recorded) -> None:
+        self._entries[key] = entry
+        if len(self._entries) > self.max_entries:
+            self._entries.popitem(last=False)
 
     def clear(self) -> None:
         """Forgets all recordings and frees their memory."""
@@ -92,3 +109,7 @@ class Graphs:
         current.wait_stream(self._stream)
         single = isinstance(outputs, torch.Tensor)
         return _Recorded(graph, static, (outputs,) if single else tuple(outputs), single, function)
+
+
+def _kind(key: Hashable, inputs: tuple[torch.Tensor, ...]) -> Hashable:
+    return (key, *((tuple(t.shape), t.dtype, t.device) for t in inputs))

@@ -47,13 +47,14 @@ def residual_norm_modulate(
 class Places(NamedTuple):
     """Where the rows' queries, keys and values go: row r of the products to row `rows[r]` of these.
 
-    q, k, v: (S, H, d), each row contiguous; q may be None, then queries stay where they are. rows: int32 (R,).
+    q, k, v: (S, H, d), each row contiguous; q may be None, then queries stay where they are. rows: int32 (R,), or None
+    for row r to row r, which only `attention.norm_rope_quantize` knows.
     """
 
     q: torch.Tensor | None
     k: torch.Tensor
     v: torch.Tensor
-    rows: torch.Tensor
+    rows: torch.Tensor | None
 
 
 def qk_norm_rope(

@@ -98,15 +98,20 @@ class FusedTextEncoder:
             self._merger, self._merger_norm = visual.merger.mlp, _norm(visual.merger.ln_q)
             self._vision_rotary, self._text_rotary = visual.rotary_pos_emb, language_model.rotary_emb
             self._norm = _norm(language_model.norm)
-            self._head, self._words = text_encoder.lm_head, language_model.embed_tokens
+            self._unread, self._away = (language_model.embed_tokens, text_encoder.lm_head), []
             vision = [_vision_parts(block) for block in visual.blocks]
             text = [_text_parts(layer) for layer in language_model.layers]
             for _, qkv, _, _, gate_up, *_ in (*vision, *text):
                 _check_alike(qkv), _check_alike(gate_up)
         except AttributeError as error:  # another transformers than those this was written for
             raise UnsupportedError(f"this Qwen2.5-VL is built otherwise: {error}") from error
-        self._vision_blocks = [_block(*parts) for parts in vision]
-        self._text_blocks = [_block(*parts) for parts in text]
+        home = patches.weight.device
+        if home.type == "cuda" and not all(_lie_together(block.mlp.gate_proj, block.mlp.up_proj) for block in visual.blocks):
+            # Laid anew beside themselves, the blocks would leave holes too small for the next one: half a gigabyte of them.
+            visual.blocks.to("cpu")
+            torch.cuda.empty_cache()
+        self._vision_blocks = [_block(*parts, device=home) for parts in vision]
+        self._text_blocks = [_block(*parts, device=home) for parts in text]
         self.graphs = Graphs() if graphs is None else graphs
         # Not bounded: there are only as many grids as aspect ratios of one area, and one takes half a megabyte.
         self._layouts: dict[Grid, _Layout] = {}
@@ -142,16 +147,21 @@ class FusedTextEncoder:
         return self.graphs.run((self, "read", skip), partial(self._read, skip), embeds, positions)[:, : length - skip]
 
     def offload(self) -> int:
-        """Moves the vocabulary head, which nobody reads here, to the CPU if it is on a GPU; returns the bytes freed."""
-        head, words = self._head.weight, self._words.weight
-        if not head.is_cuda or head.data_ptr() == words.data_ptr():
-            return 0
-        self._head.to("cpu")
-        return head.nbytes
+        """Moves to the CPU, if they are on a GPU, the vocabulary head, which nobody reads here, and the word table, of
+        which `vision_language.word_rows` fetches a prompt's rows. Returns the bytes freed; tied ones are one.
+        """
+        away = [module for module in self._unread if module.weight.is_cuda]
+        freed = {module.weight.data_ptr(): module.weight.nbytes for module in away}
+        for module in away:
+            module.to("cpu")
+        self._away += away
+        return sum(freed.values())
 
     def onload(self) -> None:
-        """Brings it back, for whoever runs the whole model."""
-        self._head.to(self._words.weight.device)
+        """Brings back what `offload` took, for whoever runs the whole model."""
+        for module in self._away:
+            module.to(self._norm.weight.device)
+        self._away = []
 
     def _see(self, layout: _Layout, values: torch.Tensor) -> torch.Tensor:
         x = F.linear(values.to(self._patches.weight.dtype).index_select(0, layout.order), *self._patches)
@@ -280,7 +290,7 @@ def _check(text_encoder: nn.Module) -> None:
         raise UnsupportedError(
             f"a {type(text_encoder).__name__} is not known here, only Qwen2_5_VLForConditionalGeneration"
         )
-    kinds = set()
+    kinds, language_model = set(), text_encoder.model.language_model
     for name, module in text_encoder.named_modules():
         home = type(module).__module__
         if hasattr(module, "_hf_hook"):
@@ -292,7 +302,9 @@ def _check(text_encoder: nn.Module) -> None:
             raise UnsupportedError(
                 f"the forward of {name or 'the text encoder'} has been replaced, perhaps to offload it"
             )
-        for parameter in [] if module is text_encoder.lm_head else module.parameters(recurse=False):
+        if module is text_encoder.lm_head:
+            continue
+        for parameter in module.parameters(recurse=False):
             if isinstance(module, QuantizedLinear) and parameter is not module.bias:
                 kinds.add((str(parameter.device), str(module.dtype)))
                 continue
@@ -300,7 +312,9 @@ def _check(text_encoder: nn.Module) -> None:
                 raise UnsupportedError(
                     f"a weight of {name} is no plain one: {type(parameter).__name__}, {parameter.dtype}"
                 )
-            kinds.add((str(parameter.device), str(parameter.dtype)))
+            may_lie_anywhere = module is language_model.embed_tokens  # see `FusedTextEncoder.offload`
+            place = language_model.norm.weight if may_lie_anywhere else parameter
+            kinds.add((str(place.device), str(parameter.dtype)))
     if len(kinds) != 1:
         raise UnsupportedError(f"the weights are not all of one kind: {sorted(kinds)}")
 
@@ -331,13 +345,14 @@ def _text_parts(layer: nn.Module) -> tuple:
     )  # fmt: skip
 
 
-def _block(norm1, projections, out, norm2, gate_up, down, activation, heads, kv_heads, scale) -> _Block:
+def _block(norm1, projections, out, norm2, gate_up, down, activation, heads, kv_heads, scale, device) -> _Block:
+    """The block on `device`; its layers may come from the CPU."""
     block = _Block(
-        _norm(norm1), _stack(projections), _stack([out]),
-        _norm(norm2), _stack(gate_up, _ALIGNMENT), _widen(down, _ALIGNMENT),
+        _norm(norm1.to(device)), _stack(projections, device), _stack([out], device),
+        _norm(norm2.to(device)), _stack(gate_up, device, _ALIGNMENT), _widen(down, device, _ALIGNMENT),
         activation, heads, kv_heads, scale,
     )  # fmt: skip
-    if out.weight.is_cuda:
+    if device.type == "cuda":
         torch.cuda.empty_cache()  # the pieces left behind are too small for the next block: they would pile up
     return block
 
@@ -346,43 +361,48 @@ def _norm(norm: nn.Module) -> _Norm:
     return _Norm(norm.weight.data, norm.variance_epsilon)
 
 
-def _stack(linears: list[nn.Linear], multiple: int = 1) -> _Linear | QuantizedLinear:
+def _lie_together(*linears: nn.Linear) -> bool:
+    """Whether the layers' weights are parts of one memory."""
+    return len({linear.weight.untyped_storage().data_ptr() for linear in linears}) == 1
+
+
+def _stack(linears: list[nn.Linear], device: torch.device, multiple: int = 1) -> _Linear | QuantizedLinear:
     """Linears of the same input as one, outputs side by side, each filled up with zeros to a multiple of `multiple`.
 
     8-bit ones have such numbers of outputs as they are.
     """
     if isinstance(linears[0], QuantizedLinear):
-        return linears[0] if len(linears) == 1 else QuantizedLinear.merged(linears)
+        return linears[0].to(device) if len(linears) == 1 else QuantizedLinear.merged(linears, device)
     starts = [0, *accumulate(_round_up(linear.out_features, multiple) for linear in linears)]
     places = [slice(start, start + linear.out_features) for start, linear in zip(starts, linears)]
-    weight = _share([linear.weight for linear in linears], (starts[-1], linears[0].in_features), places)
+    weight = _share([linear.weight for linear in linears], (starts[-1], linears[0].in_features), places, device)
     if linears[0].bias is None:
         return _Linear(weight, None)
-    return _Linear(weight, _share([linear.bias for linear in linears], (starts[-1],), places))
+    return _Linear(weight, _share([linear.bias for linear in linears], (starts[-1],), places, device))
 
 
-def _widen(linear: nn.Linear, multiple: int) -> _Linear | QuantizedLinear:
+def _widen(linear: nn.Linear, device: torch.device, multiple: int) -> _Linear | QuantizedLinear:
     """A Linear whose inputs are filled up to a multiple of `multiple`; the weights there are zeros."""
     if isinstance(linear, QuantizedLinear):
-        return linear
+        return linear.to(device)
     shape = (linear.out_features, _round_up(linear.in_features, multiple))
-    weight = _share([linear.weight], shape, [(slice(None), slice(linear.in_features))])
-    return _Linear(weight, None if linear.bias is None else linear.bias.data)
+    weight = _share([linear.weight], shape, [(slice(None), slice(linear.in_features))], device)
+    return _Linear(weight, None if linear.bias is None else linear.to(device).bias.data)
 
 
-def _share(parameters: list[nn.Parameter], shape: tuple[int, ...], places: list) -> torch.Tensor:
-    """One tensor of `shape`, zeros but for the parameters, each of which becomes the view of it at its place.
+def _share(parameters: list[nn.Parameter], shape: tuple[int, ...], places: list, device: torch.device) -> torch.Tensor:
+    """One tensor of `shape` on `device`, zeros but for the parameters, each of which becomes the view of it at its place.
 
     Where they lie like that already, they are left alone: building anew beside an older one costs no memory.
     """
     first = parameters[0]
     storage = first.untyped_storage()
-    if storage.nbytes() == math.prod(shape) * first.element_size():
+    if first.device == device and storage.nbytes() == math.prod(shape) * first.element_size():
         shared = first.data.new_empty(0).set_(storage, 0, shape)
         views = [shared[place] for place in places]
         if all(p.data_ptr() == view.data_ptr() and p.stride() == view.stride() for p, view in zip(parameters, views)):
             return shared
-    shared = first.data.new_zeros(shape)
+    shared = first.data.new_zeros(shape, device=device)
     for parameter, place in zip(parameters, places):
         shared[place].copy_(parameter.data)
         parameter.data = shared[place]

@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from content_cache import ContentCache
-from fast_path import kernels
+from fast_path import attention, kernels
 from fast_path.graphs import Graphs
 from fast_path.kernels import Places, qk_norm_rope, residual_norm_modulate
 from fast_path.modulation import Modulations
@@ -55,9 +55,10 @@ class FusedTransformer:
     Raises UnsupportedError for a model whose layers are not those that are written down here, and on CUDA without Triton.
     """
 
-    def __init__(self, transformer: QwenImageTransformer2DModel):
+    def __init__(self, transformer: QwenImageTransformer2DModel, eight_bit_attention: bool = False):
         _check(transformer)
         self.transformer = transformer
+        self.eight_bit_attention = eight_bit_attention  # see `attention`; may be changed between two forwards
         self.modulations = Modulations(transformer)
         self.graphs = Graphs()
         self.token_caches: weakref.WeakSet = weakref.WeakSet()  # see `reuse`: they too hold what weights have made
@@ -86,7 +87,7 @@ class FusedTransformer:
         layout = self._layouts.get(key, lambda: self._layout(key))
         tables = [table for s in samples for table in self.modulations.get(s.time, s.times)]
         step = partial(self._step, layout)
-        found = self.graphs.run(("velocities", key), step, *tables, *(t for s in samples for t in s[:3]))
+        found = self.graphs.run(("velocities", key, self.eight_bit_attention), step, *tables, *(t for s in samples for t in s[:3]))
         return [found] if len(samples) == 1 else list(found)
 
     def weights_changed(self, layers: set[str]) -> None:
@@ -95,6 +96,7 @@ class FusedTransformer:
             self.modulations.clear()
         for block in self.blocks:
             block.check()
+            block.scale_values()
         for cache in self.token_caches:
             cache.clear()
 
@@ -148,15 +150,32 @@ class FusedTransformer:
         """(R, 3, H, d), queries and keys not yet normed and turned."""
         return block.qkv(h, text).view(-1, 3, self.heads, self.width // self.heads)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """(B, R, D) from queries (B, R, H, d), keys and values (B, S, H, d)."""
+    def norm_rope(
+        self, block: "_Block", qkv, kinds, positions, rope: tuple[torch.Tensor, torch.Tensor], to: Places | None, move_q=True
+    ) -> None:
+        """`qk_norm_rope` with the block's norms, or the same to 8 bits if that is what `to` holds."""
+        given = (qkv, kinds, positions, block.norms, *rope, self.qk_eps)
+        if to is not None and to.k.dtype == attention.EIGHT:
+            attention.norm_rope_quantize(*given, block.scales, to, move_q)
+        else:
+            qk_norm_rope(*given, to if move_q else to._replace(q=None))
+
+    def attend(self, block: "_Block", q, k, v, alone: bool = False) -> torch.Tensor | Quantized:
+        """(B * R, D) from queries (B, R, H, d), keys and values (B, S, H, d).
+
+        If they stand `alone`, nothing being put beside or taken from the result, it may be in 8 bits, as its layer reads it.
+        """
+        if k.dtype == attention.EIGHT:
+            if alone and block.reads_heard == attention.EIGHT:
+                return attention.attend_fp8(q, k, v, block.scales, eight_bit=True)
+            return attention.attend_fp8(q, k, v, block.scales).to(block.norms.dtype).flatten(0, 1)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if not q.is_cuda:
             heard = F.scaled_dot_product_attention(q, k, v)
         else:
             with sdpa_kernel(self._backend(q, k, v)):
                 heard = F.scaled_dot_product_attention(q, k, v)
-        return heard.transpose(1, 2).flatten(2)
+        return heard.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def _backend(self, q, k, v) -> SDPBackend:
         """Chosen by measurement for lengths of the same order: a prompt of one word more measures nothing anew."""
@@ -221,20 +240,20 @@ class _Joint:
         self.text, self.kinds, self.noise = layout.text, layout.kinds, layout.noise
         self._alone = len(layout.runs) == 1 and layout.runs[0][1] == 1  # then the rows are in attention's order already
 
-    def hear(self, i: int, block: "_Block", h: torch.Tensor | Quantized, only_noise: bool = False) -> torch.Tensor:
+    def hear(self, i: int, block: "_Block", h: torch.Tensor | Quantized, only_noise=False) -> torch.Tensor | Quantized:
         """(R, D), or for the noise alone (N, D)."""
         fused, layout = self._fused, self._layout
-        qkv, places = fused.qkv(block, h, self.text), None
-        joint = qkv
-        if not self._alone:
-            joint = torch.empty_like(qkv)
-            places = Places(*joint.unbind(1), layout.places)
-        qk_norm_rope(qkv, self.kinds, layout.positions, block.norms, layout.cos, layout.sin, fused.qk_eps, places)
+        joint = qkv = fused.qkv(block, h, self.text)
+        to = None
+        if fused.eight_bit_attention or not self._alone:
+            joint = torch.empty_like(qkv, dtype=attention.EIGHT if fused.eight_bit_attention else qkv.dtype)
+            to = Places(*joint.unbind(1), None if self._alone else layout.places)
+        fused.norm_rope(block, qkv, self.kinds, layout.positions, (layout.cos, layout.sin), to)
         heard = []
         for begin, batch, length, text, noise in layout.runs:
             q, k, v = joint[begin : begin + batch * length].view(batch, length, 3, *joint.shape[2:]).unbind(2)
             q = q[:, text : text + noise] if only_noise else q
-            heard.append(fused.attend(q, k, v).flatten(0, 1))
+            heard.append(fused.attend(block, q, k, v, self._alone))
         heard = heard[0] if len(heard) == 1 else torch.cat(heard)
         return heard if self._alone or only_noise else heard[layout.places]
 
@@ -243,17 +262,19 @@ class _Block:
     """The layers of one block, for rows that begin with `text` rows of text. q, k and v share memory from here on."""
 
     def __init__(self, block):
-        attention = block.attn
-        self._qkv = _pair(
-            [attention.add_q_proj, attention.add_k_proj, attention.add_v_proj],
-            [attention.to_q, attention.to_k, attention.to_v],
-        )
-        norms = (attention.norm_q, attention.norm_k, attention.norm_added_q, attention.norm_added_k)
+        attn = block.attn
+        self._qkv = _pair([attn.add_q_proj, attn.add_k_proj, attn.add_v_proj], [attn.to_q, attn.to_k, attn.to_v])
+        norms = (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
         self.norms = torch.stack([norm.weight.data for norm in norms]).view(2, 2, -1)  # [image or text][q or k]
-        self._out = _pair([attention.to_add_out], [attention.to_out[0]])
+        self._values = (attn.to_v, attn.add_v_proj)
+        q, k = (attention.qk_scale(self.norms[:, i]) for i in range(2))
+        values = torch.empty(attn.heads, device=self.norms.device)
+        self.scales = attention.Scales(q, k, values, attention.heard_scale(values))
+        self.scale_values()
+        self._out = _pair([attn.to_add_out], [attn.to_out[0]])
         self._up = _pair([block.txt_mlp.net[0].proj], [block.img_mlp.net[0].proj])
         self._down = _pair([block.txt_mlp.net[2]], [block.img_mlp.net[2]])
-        self.reads_qkv, self.reads_mlp = _reads(self._qkv), _reads(self._up)
+        self.reads_qkv, self.reads_heard, self.reads_mlp = _reads(self._qkv), _reads(self._out), _reads(self._up)
 
     def qkv(self, h: torch.Tensor, text: int) -> torch.Tensor:
         """(R, D) -> (R, 3 D)"""
@@ -265,7 +286,13 @@ class _Block:
             if isinstance(merged, _Merged):
                 merged.check()
 
-    def out(self, heard: torch.Tensor, text: int) -> torch.Tensor:
+    def scale_values(self) -> None:
+        """What 8-bit values are scaled by, from the weights that make them; in place, where recordings read it."""
+        norms = torch.stack([_row_norms(layer) for layer in self._values]).amax(0)
+        self.scales.v.copy_(attention.value_scales(norms, len(self.scales.v)))
+        self.scales.heard.copy_(attention.heard_scale(self.scales.v))
+
+    def out(self, heard: torch.Tensor | Quantized, text: int) -> torch.Tensor:
         """(R, D) -> (R, D)"""
         return _by_two(self._out, heard, text)
 
@@ -298,6 +325,12 @@ def _pair(text: list, image: list) -> QuantizedPair | tuple:
     if QuantizedPair.possible(text, image):
         return QuantizedPair(text, image)
     return tuple(_merged(layers) if len(layers) > 1 else layers[0] for layers in (text, image))
+
+
+def _row_norms(layer: nn.Linear | QuantizedLinear) -> torch.Tensor:
+    """float32 (N,): the Euclidean norms of the weight's rows. A rotation changes none."""
+    norms = torch.linalg.vector_norm(layer.weight.float(), dim=1)
+    return norms * layer.scale if isinstance(layer, QuantizedLinear) else norms
 
 
 def _merged(layers: list) -> "_Merged | QuantizedLinear":

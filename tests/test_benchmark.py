@@ -20,7 +20,7 @@ from benchmarks.tables import kind_of, quantized_tables, tables, technique_table
 from cached_pipeline import load_pipeline
 
 ROW_KEYS = set(
-    "subject weights width height steps cfg references reference_area batch quantize text_encoder_quantize vlm "
+    "subject weights width height steps cfg references reference_area batch quantize attention_quantize text_encoder_quantize vlm "
     "changed_tokens median_ms p95_ms fps peak_memory_gb stages_ms tflops resident_memory_gb tokens ceiling_share "
     "first_frame_s runs blocks_run".split()
 )

@@ -7,6 +7,8 @@ from test_engine_pipelining import backlog
 from test_engine_stream_batch import stream
 from test_qwen_realtime import PATIENCE_S
 
+from cached_pipeline import load_pipeline
+from fast_path.reuse import AHEAD_EVERY
 from qwen_realtime import STAGES, EditParams, EngineConfig, RealtimeEngine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -17,8 +19,6 @@ ROUNDS = 12
 
 @pytest.fixture(scope="module")
 def pipe():
-    from cached_pipeline import load_pipeline
-
     return load_pipeline("pocket", device="cuda")
 
 
@@ -81,6 +81,57 @@ def test_embeddings_from_the_background_arrive_and_are_those_of_their_picture(pi
         assert renewed is not first, "a renewal came through"
         fresh = engine.edit([picture], params.replace(embeds="fresh", embeds_background=False), timeout=PATIENCE_S)
     assert psnr_db(results[-1].image, fresh.image) > 40
+
+
+def test_what_was_recorded_ahead_gives_the_cpu_s_latents_when_it_is_wanted(photo):
+    """One unit of tokens for some time; then two and three, which nothing has asked for before."""
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    masks = [None] + [np.isin(np.arange(64), [t]).reshape(8, 8) for t in range(6 * AHEAD_EVERY)]
+    masks += [np.isin(np.arange(64), range(8, 8 + changed)).reshape(8, 8) for changed in (7, 11, 3, 12)]
+    found = []
+    try:
+        for device in ("cpu", "cuda"):
+            p = load_pipeline("pocket", device=device, dtype=torch.float32)
+            p.enable_fast_path()
+            cache, latents, recordings, sizes = p.token_cache(), [], [], []
+            embeds = p.encode_prompt("make it a pencil sketch", photo(128, 128))
+            for i, changed in enumerate(masks):
+                references = p.encode_references(photo(128, 128, i % 3), area=128 * 128)
+                cache.begin(changed)
+                run = p.initial_noise(128, 128), references, *embeds, p.schedule(2, 128, 128)
+                before = cache.recordings
+                latents.append(p.denoise(*run, token_cache=cache).cpu())
+                recordings.append(cache.recordings - before)
+                sizes.append(int(cache.computed.sum()))
+                cache.record_ahead()
+            found.append((latents, sizes))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+    assert found[0][1] == found[1][1] and found[1][1][-4:] == [8, 12, 4, 12]
+    for i, (cpu, cuda) in enumerate(zip(found[0][0], found[1][0], strict=True)):
+        assert (cpu - cuda).abs().max() < 1e-3, (i, (cpu - cuda).abs().max())
+    assert recordings[:2] == [2, 2] and not any(recordings[2:]), "all and one unit; later what was wanted was there"
+    assert cache.recordings >= 8, "two and three units, a step at a time"
+
+
+def test_a_stream_with_reuse_records_ahead_and_says_nothing_of_it(pipe, photo, caplog):
+    params, still, patch = PARAMS.replace(reuse="frames", embeds="kept"), photo(256, 256, 1), photo(64, 64, 2)
+    with RealtimeEngine(pipe) as engine, engine.open_session() as session:
+        for t in range(8 * AHEAD_EVERY):
+            picture = still.copy()
+            picture[64:128, t : t + 64] = patch
+            result = session.result(session.submit([picture], params), PATIENCE_S)
+            assert result.error is None and result.notes == ()
+        cache = session._memory.cache
+        assert result.computed < 0.5 and cache.recordings > 6
+        begun = cache.recordings
+        for t in range(8 * AHEAD_EVERY, 10 * AHEAD_EVERY):
+            picture = still.copy()
+            picture[64:128, t : t + 64] = patch
+            session.result(session.submit([picture], params), PATIENCE_S)
+        assert cache.recordings <= begun + 2, "it comes to an end"
+    assert not [record for record in caplog.records if "recorded ahead" in record.message]
 
 
 def test_stages_are_measured_and_a_failed_frame_leaves_the_next_one_whole(pipe, photo, monkeypatch):

@@ -11,6 +11,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from fast_path.graphs import Graphs
 from fast_path.text_encoder import FusedTextEncoder
+from vision_language import word_rows
 
 # Other kernels add in another order: float32 rounding, relative to the largest value.
 ROUNDING = 1e-5
@@ -310,6 +311,71 @@ def test_weights_are_shared_with_the_model_and_follow_it(plain):
     expected = plainly_see(encoder, values, (16, 24)), plainly_read(encoder, embeds, positions)
     for old, new, want in zip(before, after, expected):
         assert relative(old, want) > 0.01 and relative(new, want) < ROUNDING
+
+
+@pytest.mark.parametrize("ids", [[7], [3, 99, 3, 3, 0, 99], list(range(100)) + [90] * 196])
+def test_a_prompts_own_word_table_holds_its_words_to_the_bit_and_each_once(plain, ids):
+    words = plain.model.language_model.embed_tokens
+    table, rows = word_rows(words, ids, torch.device("cpu"))
+    assert torch.equal(table[rows], words(torch.tensor(ids)))
+    assert len(table) == len(set(ids))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_live_prompt_looks_its_words_up_once(photo, fast):
+    from cached_pipeline import load_pipeline
+
+    pipeline, asked = load_pipeline("pocket"), []
+    if fast:
+        pipeline.enable_fast_path()
+    words = pipeline.text_encoder.model.language_model.embed_tokens
+    words.register_forward_hook(lambda _, ids, rows: asked.append(ids[0].numel()))
+    for seed in range(3):
+        pipeline.encode_prompt("make it snow", photo(256, 256, seed=seed))
+    assert len(asked) == 1 and asked[0] < 100, "each word once, and a picture's placeholder too"
+    pipeline.encode_prompt("make it rain", photo(256, 256))
+    assert len(asked) == 2
+
+
+def test_the_word_table_may_lie_elsewhere_but_not_be_of_another_kind(plain):
+    encoder = copy.deepcopy(plain)
+    encoder.model.language_model.embed_tokens.to("meta")
+    with pytest.raises(TypeError, match=r"embed_tokens is no plain one"):
+        FusedTextEncoder(encoder)
+    encoder = copy.deepcopy(plain)
+    encoder.model.language_model.embed_tokens.to(torch.bfloat16)
+    with pytest.raises(TypeError, match="not all of one kind"):
+        FusedTextEncoder(encoder)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_not_read_as_a_whole_leaves_the_gpu_and_comes_back(plain, tied):
+    encoder = copy.deepcopy(plain).cuda()
+    words, head = encoder.model.language_model.embed_tokens, encoder.lm_head
+    if tied:
+        head.weight = words.weight
+    fused, ids = FusedTextEncoder(encoder), [3, 99, 3, 0]
+    before = words(torch.tensor(ids).cuda())
+    assert fused.offload() == words.weight.nbytes * (1 if tied else 2)
+    assert not words.weight.is_cuda and not head.weight.is_cuda and fused.offload() == 0
+    table, rows = word_rows(words, ids, before.device)
+    assert torch.equal(table[rows], before) and FusedTextEncoder(encoder).offload() == 0
+    fused.onload()
+    assert words.weight.is_cuda and (head.weight is words.weight) == tied and head.weight.is_cuda
+    assert torch.equal(words(torch.tensor(ids).cuda()), before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_vision_tower_is_laid_anew_without_holes(plain):
+    encoder = copy.deepcopy(plain).cuda()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    fused = FusedTextEncoder(encoder)
+    assert torch.cuda.memory_allocated() - before < 100_000, "rows filled up, and rounding to whole pieces"
+    assert all(p.is_cuda for p in encoder.parameters())
+    values = patches(16, 24)
+    assert relative(fused.see(values.cuda(), (16, 24)).cpu(), plainly_see(plain, values, (16, 24))) < 1e-3, "TF32 at most"
 
 
 def test_memory_does_not_grow_and_building_again_takes_none(plain):

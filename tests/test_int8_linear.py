@@ -1,5 +1,6 @@
 """INT8 layers, and what they share with FP8: exact integers, errors within bounds, models swapped, written and read."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -187,6 +188,17 @@ def test_moving_and_casting_leave_8_bits_and_scales_as_they_are(kind):
     assert torch.equal(cast.weight.float(), layer.weight.float()) and torch.equal(cast.scale, layer.scale)
     assert cast.bias.dtype == torch.bfloat16
     assert (cast(x) - layer(x)).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_gives_results_of_the_float_layers_dtype_also_without_a_bias(kind, bias):
+    layers = [kind.from_float(linear(bias=bias, seed=seed).to(torch.bfloat16)) for seed in range(2)]
+    whole = kind.merged(layers)
+    rows = whole.quantize(rows_of(5, 512))
+    for layer in (*layers, whole, *whole.parts([256, 256]), copy.deepcopy(layers[0])):
+        assert layer.dtype == layer(rows).dtype == torch.bfloat16
+        assert layer.to(torch.float16)(rows).dtype == torch.float16
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,6 +5,7 @@ import pytest
 
 from policies import (
     HOLDER_IDLE_S,
+    beside,
     changed_tokens,
     embeds_anew,
     frame_rate,
@@ -109,15 +110,16 @@ def with_block(picture: np.ndarray, row: int, column: int, side=16, levels=40) -
     return changed.clip(0, 255).astype(np.uint8)
 
 
-def test_a_token_has_changed_from_the_threshold_on_and_so_have_its_eight_neighbours():
+def test_a_token_has_changed_from_the_threshold_on_and_its_eight_neighbours_are_beside_it():
     before = pixels(noise=0)
     after = with_block(before, 32, 48, levels=5)
     assert not changed_tokens(after, before, 5.1).any()
     changed = changed_tokens(after, before, 5.0)
-    assert changed.shape == (6, 8) and changed.dtype == bool and changed.sum() == 9
-    assert changed[1:4, 2:5].all(), "token (2, 3) and those around it"
-    corner = changed_tokens(with_block(before, 0, 0, levels=50), before, 6.0)
-    assert corner.sum() == 4 and corner[:2, :2].all()
+    assert changed.shape == (6, 8) and changed.dtype == bool and changed.sum() == 1 and changed[2, 3]
+    around = beside(changed)
+    assert around.sum() == 8 and not around[2, 3] and around[1:4, 2:5].sum() == 8
+    corner = beside(changed_tokens(with_block(before, 0, 0, levels=50), before, 6.0))
+    assert corner.sum() == 3 and corner[:2, :2].sum() == 3
 
 
 def test_camera_noise_changes_no_token_and_a_cut_changes_all():

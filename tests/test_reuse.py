@@ -9,6 +9,8 @@ import torch
 from test_fast_transformer import inputs, small_model
 
 from fast_path import TokenCache
+from fast_path.graphs import Graphs, _kind
+from fast_path.reuse import AHEAD_EVERY, next_to_record, served_by
 from fast_path.transformer import FusedTransformer, Sample
 from images import EditError
 
@@ -85,6 +87,124 @@ def test_spare_places_go_round_so_that_no_token_gets_old(fused):
         assert cache.computed.sum() == 4 and cache.computed[1, 1]
         seen |= cache.computed
     assert seen.all()
+
+
+def test_spare_places_go_to_the_neighbours_of_what_changed_first_and_these_take_turns(fused):
+    wanted = samples(inputs(fused.transformer, LAYOUT))
+    cache = TokenCache(fused)
+    frame(cache, wanted)
+    around, seen = some(0, 1, 2, 8, 10), np.zeros((8, 8), bool)
+    for _ in range(2):  # 3 of 4 places are spare: 5 neighbours in 2 frames
+        cache.begin(some(9), around)
+        for step, sample in enumerate(wanted):
+            cache.velocity(sample, step)
+        assert cache.computed.sum() == 4 and cache.computed[1, 1]
+        seen |= cache.computed
+    assert seen[around].all()
+
+
+def test_neighbours_for_which_there_was_no_place_come_in_the_next_frames(fused):
+    wanted = samples(inputs(fused.transformer, LAYOUT))
+    cache = TokenCache(fused)
+    frame(cache, wanted)
+    around, seen = some(*range(40, 50)), np.zeros((8, 8), bool)
+    for changed, beside in ((some(1, 2, 3, 4), around), (some(), some()), (some(), None), (some(), some())):
+        cache.begin(changed, beside)
+        for step, sample in enumerate(wanted):
+            cache.velocity(sample, step)
+        assert cache.computed.sum() == 4
+        seen |= cache.computed
+    assert seen[around].all() and seen.sum() == 16
+
+
+# Recording: on a CPU there is none, so here it is pretended
+
+
+class PretendedGraphs(Graphs):
+    """Takes note of what would be recorded; everything runs."""
+
+    def knows(self, key, *inputs):
+        return _kind(key, inputs) in self._entries
+
+    def run(self, key, function, *inputs):
+        if not self.knows(key, *inputs):
+            self.record(key, function, *inputs)
+        return function(*inputs)
+
+    def _record(self, function, inputs):
+        self.recordings += 1
+
+
+def recording(fused) -> TokenCache:
+    cache = TokenCache(fused)
+    cache._graphs = PretendedGraphs()
+    return cache
+
+
+def test_what_is_not_recorded_is_served_by_a_little_more_that_is_but_never_by_everything():
+    def served(wanted, *recorded):
+        return served_by(wanted, 16, lambda units: units in recorded)
+
+    assert served(5) == 5 and served(5, 4, 16) == 5, "nothing near: recorded now"
+    assert served(5, 5, 6) == 5 and served(5, 6, 7) == 6 and served(5, 7) == 7 and served(5, 8) == 5
+    assert served(15, 16) == 15 and served(16) == 16 and served(14, 15) == 15
+
+
+def test_neighbours_are_recorded_ahead_larger_ones_first_and_not_all_the_time():
+    def wanted(units, since, *recorded):
+        return next_to_record(units, 16, since, lambda units: units in recorded)
+
+    assert wanted(5, AHEAD_EVERY - 1) is None
+    order, recorded = [], []
+    while (units := wanted(5, AHEAD_EVERY, *recorded)) is not None:
+        recorded.append(units)
+        order.append(units)
+    assert order == [5, 6, 4, 7, 3]
+    assert [wanted(1, 99, *range(n)) for n in (2, 3, 4)] == [2, 3, None]
+    assert wanted(15, 99, 15, 14) == 13 and wanted(15, 99, 15, 14, 13) is None, "all of them is never a neighbour"
+
+
+def test_recording_ahead_is_spread_out_ends_and_leaves_what_is_kept_alone(fused):
+    wanted = samples(inputs(fused.transformer, LAYOUT))
+    cache, plain, counts = recording(fused), TokenCache(fused), []
+    cache.record_ahead()  # before the first frame there is nothing to do
+    for t in range(40):
+        changed = some(t) if t else None
+        mine, theirs = frame(cache, wanted, changed), frame(plain, wanted, changed)
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)), t
+        assert np.array_equal(cache.computed, plain.computed)
+        kept = [k.clone() for k in cache._kept]
+        cache.record_ahead()
+        assert all(torch.equal(a, b) for a, b in zip(kept, cache._kept, strict=True)), t
+        counts.append(cache.recordings)
+    assert counts[:2] == [2, 4], "the first frame's two steps, then those of one unit"
+    rises = [t for t in range(2, 40) if counts[t] > counts[t - 1]]
+    assert len(rises) == 4 and counts[-1] == 8, "two and three units, a step at a time"
+    assert min(np.diff([1, *rises])) >= AHEAD_EVERY - 1
+    frame(cache, wanted, some(*range(10)))
+    assert cache.computed.sum() == 12 and cache.recordings == 8, "wanted for the first time, and recorded before"
+
+
+def test_a_share_that_has_no_recording_computes_a_little_more_until_it_has_one(fused):
+    wanted = samples(inputs(fused.transformer, LAYOUT))
+    cache, computed = recording(fused), []
+    frame(cache, wanted)
+    frame(cache, wanted, some(*range(12)))  # 3 units
+    for _ in range(3 * AHEAD_EVERY):
+        frame(cache, wanted, some(1))
+        computed.append(int(cache.computed.sum()))
+        cache.record_ahead()
+    assert computed[0] == 12 and computed[-1] == 4, "three units in the place of one"
+
+
+def test_a_cache_full_of_recordings_records_nothing_ahead(fused):
+    wanted = samples(inputs(fused.transformer, LAYOUT))
+    cache = recording(fused)
+    cache._graphs.max_entries = 4
+    for t in range(3 * AHEAD_EVERY):
+        frame(cache, wanted, some(1) if t else None)
+        cache.record_ahead()
+    assert cache.recordings == 4 and len(cache._graphs) == 4
 
 
 def test_new_embeddings_are_heard_and_the_same_ones_cost_no_rows(fused):

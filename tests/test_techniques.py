@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import loading
 from benchmarks import soak, techniques, videos
 from benchmarks.tables import technique_tables, write_tables
 from benchmarks.techniques import TECHNIQUES, WARMUP, Technique, differences, main, psnr_db, right_answer
+from cached_pipeline import load_pipeline
 from images import EditError
 from policies import changed_tokens
-from qwen_realtime import EditParams, EditResult
+from qwen_realtime import EditParams, EditResult, EngineConfig, RealtimeEngine
 
 ROW_KEYS = set(
     "technique video against settings edits subject weights width height steps cfg references reference_area batch "
-    "quantize text_encoder_quantize vlm changed_in_video changed_tokens skip_rate frames fps median_ms p95_ms "
-    "camera_frames psnr_db loss_db psnr_to_plain_db flicker flicker_ratio jump peak_memory_gb stages_ms tflops "
-    "notes".split()
+    "quantize attention_quantize text_encoder_quantize vlm changed_in_video changed_tokens skip_rate frames fps median_ms p95_ms "
+    "camera_frames first_ms longest_ms prepared psnr_db loss_db psnr_to_plain_db flicker flicker_ratio jump "
+    "peak_memory_gb stages_ms tflops notes wall_s".split()
 )
 
 # Videos ---------------------------------------------------------------------------------------------------------------
@@ -124,7 +126,8 @@ def test_every_technique_gets_its_row(tmp_path, capsys, loaded):
     for row in rows.values():
         assert row.keys() == ROW_KEYS, row.keys() ^ ROW_KEYS
         assert row["fps"] > 0 and row["p95_ms"] >= row["median_ms"] > 0
-        assert row["frames"] == 3 and row["camera_frames"] > 1
+        assert row["frames"] == 3 and row["camera_frames"] > 1 and row["prepared"] == 0
+        assert row["first_ms"] > 0 and row["longest_ms"] > 0 and row["quantize"] == "none"
     assert [rows["plain"][key] for key in ("loss_db", "flicker_ratio", "skip_rate")] == [0.0, 1.0, 0.0]
     assert rows["similarity filter: frame"]["skip_rate"] > 0.2
     assert rows["guidance 4: one pass of two"]["psnr_to_plain_db"] > 45, "the same arithmetic in another order"
@@ -143,19 +146,60 @@ def test_a_technique_that_fails_costs_its_own_row_and_those_compared_with_it(tmp
     assert result["left_out"]["after bad: still"] == "what it is compared with, bad, was not measured"
 
 
+@pytest.mark.parametrize("weights", ["pocket", "random"])
+def test_quantised_layers_are_measured_and_named(tmp_path, monkeypatch, weights):
+    made = []
+
+    def small(*args, **options):
+        made.append(load_pipeline("pocket", **options))
+        return made[0]
+
+    monkeypatch.setattr(techniques, "load_pipeline", lambda model, **options: small(**options))
+    monkeypatch.setattr(techniques, "random_pipeline", small)
+    status, result = run_small(tmp_path, "--weights", weights, "--only", "VLM once a", "--quantize", "int8")
+    assert status == 0 and [row["quantize"] for row in result["rows"]] == ["int8", "int8"]
+    assert len(made) == 1 and loading.quantization(made[0].transformer) == "int8"
+    assert (result["rows"][0]["psnr_db"] is None) == (weights == "random"), "only the pocket model's answers are known"
+
+
+def test_a_video_in_which_something_is_prepared_is_streamed_again_and_what_it_costs_is_told(pocket, monkeypatch):
+    """On a CPU nothing is recorded: here a counter pretends it, in frames of the first pass, of the first two, of all."""
+    frames, seen = list(videos.video("still", 64, 64, WARMUP + 4)), []
+
+    def pretended(pipeline) -> int:
+        seen.append(1)
+        return sum(len(seen) >= n for n in rises)
+
+    monkeypatch.setattr(techniques, "prepared", pretended)
+    params = [EditParams(prompt="make it sepia", steps=1, width=64, height=64)] * len(frames)
+    with RealtimeEngine(pocket, EngineConfig(fast_path=False)) as engine:
+        for rises, passes, left in (((2,), 1, 0), ((6,), 2, 0), ((6, 14), 3, 0), ((6, 14, 22, 30), 4, 1)):
+            seen.clear()
+            with engine.open_session() as session:
+                run = techniques.stream_until_steady(session, pocket, frames, params)
+            assert len(seen) == passes * len(frames), rises
+            assert run.prepared == left and len(run.counted) == 4
+            assert run.longest_ms >= run.span_s / 4 * 1000 and run.first_ms > 0
+            assert not any(np.array_equal(s.result.image, run.shots[0].result.image) for s in run.shots[1:]), "all new"
+
+
 def test_time_that_is_over_leaves_a_valid_file(tmp_path, loaded):
     status, result = run_small(tmp_path, "--seconds", "0")
     assert status == 0 and result["rows"] == [] and set(result["left_out"].values()) == {"the time given was over"}
 
 
 def test_asked_for_alone_a_technique_brings_what_it_is_compared_with():
-    found = {technique.name: names for technique, names in techniques.chosen(["self-negative"], ["still"])}
+    found = {technique.name: names for technique, names in techniques.chosen(["self-negative"], ["still"], [])}
     assert found == {"plain": ("still",), techniques.GUIDED: ("still",), "guidance 4: self-negative": ("still",)}
-    assert next(technique.name for technique, _ in techniques.chosen(None, None)) == "plain"
+    assert next(technique.name for technique, _ in techniques.chosen([], [], [])) == "plain"
+    more = {technique.name: names for technique, names in techniques.chosen(["pace"], [], ["30% changed"])}
+    assert more["pace: 1.5 times plain's rate"] == ("still", "moving", "30% changed")
+    assert more["plain"] == ("still", "moving", "30% changed")
 
 
 def test_impossible_arguments_are_refused(capsys):
-    for arguments in (["--only", "magic"], ["--frames", "5"], ["--edits", "corner"], ["--videos", "storm"]):
+    refused_ones = ("--only magic", "--frames 5", "--edits corner", "--videos storm", "--quantize int3")
+    for arguments in map(str.split, refused_ones):
         with pytest.raises(SystemExit) as refused:
             main(arguments)
         assert refused.value.code == 2 and arguments[0] in capsys.readouterr().err
@@ -167,16 +211,23 @@ def test_impossible_arguments_are_refused(capsys):
 def known_files(folder) -> None:
     versions = {"torch": "2", "diffusers": "0.42", "commit": "abc"}
     head = {"kind": "techniques", **versions, "left_out": {"pace: still": "failed: X"}}
-    common = {"weights": "pocket", "width": 256, "height": 256, "steps": 2, "edits": ["sepia"]}
+    common = {"weights": "pocket", "width": 256, "height": 256, "steps": 2, "edits": ["sepia"], "quantize": "none"}
     common |= {"skip_rate": 0.0, "changed_tokens": 1.0}
 
     def row(technique, video, fps, loss, **more):
         figures = {"fps": fps, "median_ms": 300.0, "p95_ms": 341.2, "loss_db": loss, "flicker_ratio": 0.5}
         return {**common, "technique": technique, "video": video, **figures, **more}
 
-    cpu = [row("plain", "still", 3.04, 0.0), row("plain", "moving", 2.96, 0.0), row("reuse", "30% changed", 6.1, 0.456)]
-    gpu = [row("plain", "still", 24.0, None, weights="random", width=512, height=512)]
-    for name, device, rows in (("a", "CPU X", cpu), ("b", "GPU Y", gpu)):
+    gpu = {"weights": "random", "width": 512, "height": 512}
+    files = {
+        "a": ("CPU X", [row("plain", "still", 3.04, 0.0), row("plain", "moving", 2.96, 0.0),
+                        row("reuse", "still", 9.0, 0.0, changed_tokens=0.06), row("reuse", "10% changed", 6.1, 0.456)]),
+        "b": ("GPU Y", [row("plain", "still", 24.0, None, **gpu),
+                        row("reuse", "100% changed", 21.0, None, **gpu),
+                        row("reuse", "30% changed", 22.0, None, **gpu)]),
+        "b2": ("GPU Y", [row("plain", "30% changed", 36.0, None, quantize="fp8", **gpu)]),
+    }  # fmt: skip
+    for name, (device, rows) in files.items():
         (folder / f"{name}.json").write_text(json.dumps({"device": device, "rows": rows, **head}))
     memory = {"after_warm_up": 700.0, "end": 701.4, "most": 710.0}
     run = {"frames": 10001, "sessions": 321, "seconds": 200.4, "resident_mb": memory, "complaints": []}
@@ -189,18 +240,25 @@ def test_the_table_of_known_files_has_a_row_for_each_technique_and_the_machines_
     known_files(tmp_path)
     lines = technique_tables(tmp_path).splitlines()
     machine = "(1) **CPU X**, torch 2, diffusers 0.42, commit abc (`a.json`)"
-    assert lines[0] == f"{machine}: weights pocket, 256x256, steps 2, edits sepia; still, moving, 30% changed.  "
+    quantised = "weights pocket, layers none, attention none, 256x256"
+    assert lines[0] == f"{machine}: {quantised}, steps 2, edits sepia; still, moving, 10% changed.  "
     assert lines[1].startswith("(2) **GPU Y**")
-    assert lines[3] == (
-        "| technique | loss, dB | flicker | skipped | computed "
-        "| (1) frames/s | (1) p50 ms | (1) p95 ms | (2) frames/s | (2) p50 ms | (2) p95 ms |"
-    )
-    assert lines[5:7] == [
+    assert lines[2].startswith("(3) **GPU Y**") and "weights random, layers fp8, attention none, 512x512" in lines[2]
+    speeds = " | ".join(f"({n}) frames/s | ({n}) p50 ms | ({n}) p95 ms" for n in (1, 2, 3))
+    assert lines[4] == f"| technique | loss, dB | flicker | skipped | computed | {speeds} |"
+    assert lines[6:8] == [
         "| plain | 0.0 / 0.0 | 0.50x / 0.50x | 0% / 0% | 100% / 100% "
-        "| 3.0 / 3.0 | 300 / 300 | 341 / 341 | 24.0 | 300 | 341 |",
-        "| reuse, 30% changed | 0.5 | 0.50x | 0% | 100% | 6.1 | 300 | 341 | - | - | - |",
+        "| 3.0 / 3.0 | 300 / 300 | 341 / 341 | 24.0 | 300 | 341 | - / - / 36.0 | - / - / 300 | - / - / 341 |",
+        "| reuse | 0.0 | 0.50x | 0% | 6% | 9.0 | 300 | 341 | - / 22.0 | - / 300 | - / 341 | - | - | - |",
     ]
-    assert "Not measured: (1) pace: still (failed: X); (2) pace: still (failed: X)." in lines
+    speeds = " | ".join(f"({n}) computed | ({n}) frames/s | ({n}) p50 ms | ({n}) p95 ms" for n in (1, 2))
+    assert lines[9] == f"| technique | changed | loss, dB | flicker | {speeds} |"
+    assert lines[11:14] == [
+        "| reuse | 10% | 0.5 | 0.50x | 100% | 6.1 | 300 | 341 | - | - | - | - |",
+        "| reuse | 30% | - | 0.50x | - | - | - | - | 100% | 22.0 | 300 | 341 |",
+        "| reuse | 100% | - | 0.50x | - | - | - | - | 100% | 21.0 | 300 | 341 |",
+    ]
+    assert "Not measured: " + "; ".join(f"({n}) pace: still (failed: X)" for n in (1, 2, 3)) + "." in lines
     assert lines[-1] == (
         "Soak: 10,001 frames of 321 sessions in 200 s on **CPU X**, torch 2, diffusers 0.42, commit abc (`c.json`): "
         "resident memory 700 MB after warm-up, 701 MB at the end; no newest frame lost, nothing crossed."

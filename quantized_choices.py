@@ -1,0 +1,68 @@
+"""How 8-bit products are computed on an H200, found by `benchmarks.linear`: other GPUs measure for themselves."""
+
+from quantized_kernels import Config
+
+# (kind, rows up to, outputs, inputs) -> backend and how, where a measurement on an H200 stands for one on the spot.
+TABLE: dict[tuple[str, int, int, int], tuple[str, Config | None]] = {
+    ("int8", 512, 3072, 3072): ("triton", Config(64, 128, 128, 4, 4, "tma")),
+    ("fp8", 512, 3072, 3072): ("triton", Config(128, 128, 128, 8, 4, "tma")),
+    ("int8", 512, 9216, 3072): ("triton", Config(64, 128, 128, 4, 3, "tma")),
+    ("fp8", 512, 9216, 3072): ("scaled_mm", None),
+    ("int8", 512, 12288, 3072): ("triton", Config(64, 128, 128, 4, 3, "tma")),
+    ("fp8", 512, 12288, 3072): ("scaled_mm", None),
+    ("int8", 512, 3072, 12288): ("triton", Config(64, 128, 128, 4, 4, "tma")),
+    ("fp8", 512, 3072, 12288): ("scaled_mm", None),
+    ("int8", 2048, 3072, 3072): ("triton", Config(64, 128, 128, 4, 3, "tma")),
+    ("fp8", 2048, 3072, 3072): ("scaled_mm", None),
+    ("int8", 2048, 9216, 3072): ("triton", Config(128, 128, 128, 4, 3, "tma")),
+    ("fp8", 2048, 9216, 3072): ("scaled_mm", None),
+    ("int8", 2048, 12288, 3072): ("triton", Config(128, 128, 128, 4, 3, "tma")),
+    ("fp8", 2048, 12288, 3072): ("scaled_mm", None),
+    ("int8", 2048, 3072, 12288): ("triton", Config(64, 128, 128, 4, 3, "tma")),
+    ("fp8", 2048, 3072, 12288): ("scaled_mm", None),
+    ("int8", 8192, 3072, 3072): ("triton", Config(128, 128, 128, 4, 3, "tma")),
+    ("fp8", 8192, 3072, 3072): ("scaled_mm", None),
+    ("int8", 8192, 9216, 3072): ("triton", Config(128, 128, 128, 4, 3, "tma")),
+    ("fp8", 8192, 9216, 3072): ("scaled_mm", None),
+    ("int8", 8192, 12288, 3072): ("triton", Config(128, 128, 128, 4, 3, "tma")),
+    ("fp8", 8192, 12288, 3072): ("scaled_mm", None),
+    ("int8", 8192, 3072, 12288): ("triton", Config(128, 128, 128, 8, 3, "tma")),
+    ("fp8", 8192, 3072, 12288): ("scaled_mm", None),
+    ("int8", 256, 3072, 3072): ("triton", Config(64, 64, 128, 4, 6, "tma")),
+    ("fp8", 256, 3072, 3072): ("triton", Config(64, 128, 128, 4, 4)),
+    ("int8", 256, 9216, 3072): ("triton", Config(64, 128, 128, 4, 3, "tma")),
+    ("fp8", 256, 9216, 3072): ("scaled_mm", None),
+    ("int8", 256, 12288, 3072): ("triton", Config(64, 128, 128, 4, 3, "tma")),
+    ("fp8", 256, 12288, 3072): ("scaled_mm", None),
+    ("int8", 256, 3072, 12288): ("triton", Config(64, 64, 128, 4, 6, "tma")),
+    ("fp8", 256, 3072, 12288): ("scaled_mm", None),
+}
+
+
+# (kind, rows up to, outputs, inputs) -> for a `QuantizedPair`, measured with 220 rows of text before the picture's.
+PAIRS: dict[tuple[str, int, int, int], tuple[str, Config]] = {
+    ("int8", 1024, 9216, 3072): ("together", Config(128, 128, 128, 8, 3, "tma")),
+    ("int8", 1024, 3072, 3072): ("together", Config(64, 128, 128, 4, 3, "tma")),
+    ("int8", 1024, 12288, 3072): ("together", Config(64, 128, 128, 4, 3, "tma")),
+    ("int8", 1024, 3072, 12288): ("together", Config(64, 128, 128, 4, 3, "tma")),
+    ("int8", 4096, 9216, 3072): ("together", Config(128, 128, 128, 4, 3, "tma")),
+    ("int8", 4096, 3072, 3072): ("together", Config(128, 128, 128, 8, 3, "tma")),
+    ("int8", 4096, 12288, 3072): ("together", Config(128, 128, 128, 4, 3, "tma")),
+    ("int8", 4096, 3072, 12288): ("together", Config(128, 128, 128, 8, 3, "tma")),
+    ("int8", 8192, 9216, 3072): ("together", Config(128, 128, 128, 4, 3, "tma")),
+    ("int8", 8192, 3072, 3072): ("together", Config(128, 128, 128, 4, 3, "tma")),
+    ("int8", 8192, 12288, 3072): ("together", Config(128, 128, 128, 4, 3, "tma")),
+    ("int8", 8192, 3072, 12288): ("together", Config(128, 128, 128, 4, 3, "tma")),
+    ("fp8", 1024, 9216, 3072): ("together", Config(128, 256, 128, 8, 4, "persistent")),
+    ("fp8", 1024, 3072, 3072): ("together", Config(64, 128, 128, 4, 3, "tma")),
+    ("fp8", 1024, 12288, 3072): ("apart", Config(128, 128, 128, 8, 6, "persistent")),
+    ("fp8", 1024, 3072, 12288): ("together", Config(64, 128, 128, 4, 3, "tma")),
+    ("fp8", 4096, 9216, 3072): ("together", Config(128, 256, 128, 8, 4, "persistent")),
+    ("fp8", 4096, 3072, 3072): ("together", Config(128, 256, 128, 8, 4, "persistent")),
+    ("fp8", 4096, 12288, 3072): ("apart", Config(128, 256, 128, 8, 4, "persistent")),
+    ("fp8", 4096, 3072, 12288): ("together", Config(128, 256, 128, 8, 4, "persistent")),
+    ("fp8", 8192, 9216, 3072): ("apart", Config(128, 256, 128, 8, 4, "persistent")),
+    ("fp8", 8192, 3072, 3072): ("together", Config(128, 256, 128, 8, 4, "persistent")),
+    ("fp8", 8192, 12288, 3072): ("apart", Config(128, 256, 128, 8, 4, "persistent")),
+    ("fp8", 8192, 3072, 12288): ("together", Config(128, 128, 128, 8, 3, "tma")),
+}

@@ -1,0 +1,83 @@
+"""The kernels of 8-bit attention compile for a Hopper GPU that is not here: nothing spills, accesses are wide.
+
+Not collected by itself: the interpreter, once asked for, stays, so this needs a process of its own. `test_attention.py`
+runs this file.
+"""
+
+import re
+import subprocess
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from fast_path import attention
+
+SHARED_MEMORY = 232448  # bytes that a program may have on an H200
+TYPES = (
+    dict.fromkeys(("q", "k", "v"), "*fp8e4nv")
+    | dict.fromkeys(("places", "kinds", "positions"), "*i32")
+    | dict.fromkeys(("cos", "sin", "value_scales", "heard_scale", "row_scales"), "*fp32")
+    | dict.fromkeys(("eps", "q_factor", "k_factor", "scale"), "fp32")
+    | dict.fromkeys(("q_stride", "k_stride", "v_stride", "tokens", "out_stride", "sample_stride", "stride"), "i32")
+    | dict.fromkeys(("rows", "keys", "q_sample", "k_sample"), "i32")
+)
+
+
+def compiled(kernel, constants: dict, warps: int, source=ASTSource, **types: str):
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types.get(n, TYPES.get(n, "*bf16")) for n in names}
+    aligned = [n for n in names if signature[n].startswith("*") or n.endswith("stride")]
+    given = source(
+        kernel, signature, {(names.index(n),): value for n, value in constants.items()},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )  # fmt: skip
+    made = triton.compile(given, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    assert made.metadata.shared <= SHARED_MEMORY
+    return made
+
+
+def assembled(made, folder) -> str:
+    """What the assembler says about it."""
+    (folder / "kernel.ptx").write_text(made.asm["ptx"])
+    command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
+    said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
+    assert "0 bytes spill stores, 0 bytes spill loads" in said, said
+    return said
+
+
+@pytest.mark.parametrize("move, move_q", [(False, False), (True, False), (True, True)])
+def test_norm_rope_quantize(tmp_path, move, move_q):
+    constants = {"MOVE": move, "MOVE_Q": move_q, "HEADS": 24, "BLOCK_HEADS": 8, "WIDTH": 128}
+    made = compiled(attention._norm_rope_quantize_kernel, constants, 4)
+    assembled(made, tmp_path)
+    stores = re.findall(r"st\.global\.(v\d)\.b32", made.asm["ptx"])
+    assert stores == ["v2", "v4"], "8 bytes of values, 16 of queries and keys"
+    assert made.metadata.shared == 0, "nothing goes from one thread to another but sums"
+
+
+def test_transposing(tmp_path):
+    made = compiled(attention._transpose_kernel, {"HEADS": 24, "FOURS": 32, "TILE": 16}, 4, v="*i32", out="*i32")
+    assembled(made, tmp_path)
+    loads, stores = (re.findall(rf"{what}\.global\.(v\d)\.b32", made.asm["ptx"]) for what in ("ld", "st"))
+    assert loads == stores == ["v4"] * 4
+
+
+@pytest.mark.parametrize("eight", [False, True])
+def test_attention(tmp_path, eight):
+    m, n = attention._BLOCK_M, attention._BLOCK_N
+    constants = {
+        "EIGHT": eight, "HEADS": 24, "WIDTH": 128, "BLOCK_M": m, "BLOCK_N": n, "RAISE": attention._RAISE,
+        "STAGES": attention._STAGES, "WARPS": attention._WARPS,
+    }  # fmt: skip
+    types = {"out": "*fp8e4nv" if eight else "*bf16"}
+    for name, block in (("q", [m, 128]), ("k", [n, 128]), ("v", [128, n])):
+        layout = gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv)
+        types[name] = f"tensordesc<fp8e4nv{block},{layout!r}>"
+    made = compiled(attention._attend_kernel, constants, attention._WARPS, GluonASTSource, **types)
+    said = assembled(made, tmp_path)
+    assert "serialized" not in said, "the assembler makes products wait for each other where it cannot follow them"
+    assert "cp.async.bulk.tensor" in made.asm["ptx"] and re.search(r"wgmma.mma_async.*e4m3.e4m3", made.asm["ptx"])
