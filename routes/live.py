@@ -10,8 +10,11 @@
 
 Three tasks work side by side: one receives and acknowledges, one decodes the newest picture and hands it to the
 session, one encodes results and sends them. With the engine's own thread, frame k is encoded while k+1 is edited and
-k+2 is decoded. Every hand-over holds one frame, so a slow model or link loses frames but never builds a backlog.
-JPEG work runs in a small thread pool: neither the event loop nor the engine's thread waits for it.
+k+2 is decoded. Every hand-over holds one frame, so a slow model or link loses frames but never builds a backlog. JPEG
+work runs in a small thread pool: neither the event loop nor the engine's thread waits for it.
+
+Each result says how long its frame waited for the engine and how often that takes one: for each edit of a slow model the
+browser sends one frame, which will be there just in time (webui/live/beat.js).
 
 The `LiveRoom` bounds what all connections together may take: sockets, and sessions of the engine. Some sessions are
 left for POST /edit, and whoever finds no session free waits in line and is told the position. A socket that has been
@@ -23,11 +26,14 @@ import json
 import reprlib
 import struct
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from statistics import median
 
+import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from images import EditError, encode_jpeg
+from images import EditError, encode_jpeg, fit
 from qwen_realtime import EditParams
 from routes.access import failure_kind, open_sent, plain, read_json
 from routes.holder import EngineHolder
@@ -44,6 +50,28 @@ QUALITY = (30, 95)  # of a JPEG: what a browser may ask for
 
 class _Gone(Exception):
     """The other side of the socket has left."""
+
+
+class Beat:
+    """How often the engine takes a frame of one session, in ms, seen from the frames that it took.
+
+    One that waited was taken as soon as the engine was free: the time from the frame before is the engine's own. One that
+    was taken at once found it idle; had it come sooner, it would have been taken when the one before was done, or sooner.
+    """
+
+    AT_ONCE_MS = 2.0
+
+    def __init__(self):
+        self._taken_monotonic: float | None = None
+        self._periods_ms: deque[float] = deque(maxlen=5)
+
+    def period_ms(self, taken_monotonic: float, waited_ms: float, total_ms: float) -> float:
+        """With one more frame, whose stages took `total_ms`: the median of the last few. 0 until there are two."""
+        if self._taken_monotonic is not None:
+            apart_ms = (taken_monotonic - self._taken_monotonic) * 1000
+            self._periods_ms.append(apart_ms if waited_ms > self.AT_ONCE_MS else min(apart_ms, total_ms))
+        self._taken_monotonic = taken_monotonic
+        return median(self._periods_ms or [0.0])
 
 
 class LiveRoom:
@@ -104,7 +132,8 @@ class LiveConnection:
         self._stats_sent = 0.0  # when, monotonic
         self._session = None
         self._results: asyncio.Task | None = None
-        self._numbers: dict[int, tuple[int, float]] = {}  # engine's frame number -> browser's, time of arrival
+        # engine's frame number -> browser's, when it arrived, when it was submitted
+        self._numbers: dict[int, tuple[int, float, float]] = {}
         self._overwritten = 0  # frames that a newer one replaced before they were decoded
 
     async def run(self) -> None:
@@ -209,14 +238,22 @@ class LiveConnection:
             arrived = time.monotonic()
             (number, data), self._inbox = self._inbox, None
             try:
-                image = await loop.run_in_executor(self._pool, open_sent, data, MAX_FRAME_PIXELS)
+                image = await loop.run_in_executor(self._pool, self._open, data, self._params)
                 if session is not self._session:
                     continue  # stopped meanwhile
                 submitted = session.submit([image], self._params)
             except EditError as error:
                 await self._say("error", number=number, message=str(error))
                 continue
-            self._numbers[submitted] = (number, arrived)
+            self._numbers[submitted] = (number, arrived, time.monotonic())
+
+    def _open(self, data: bytes, params: EditParams) -> np.ndarray:
+        """The sent picture, already at the output's size where the engine would scale it: its thread is the busy one."""
+        image = open_sent(data, MAX_FRAME_PIXELS)
+        if params.reference_area != "output":
+            return image
+        side = self._holder.engine.default_size
+        return fit(image, params.width or side, params.height or side, params.fit)
 
     async def _open_session(self):
         """This connection's session; waits, and says so, while the model is loading or all places are taken.
@@ -269,9 +306,9 @@ class LiveConnection:
             await asyncio.sleep(self.STATUS_EVERY_S)
 
     async def _send_results(self, session) -> None:
-        loop = asyncio.get_running_loop()
+        loop, beat = asyncio.get_running_loop(), Beat()
         async for result in session:
-            number, arrived = self._numbers.pop(result.number, (None, None))
+            number, arrived, submitted = self._numbers.pop(result.number, (None, None, None))
             for older in [n for n in self._numbers if n < result.number]:
                 del self._numbers[older]  # dropped by the engine for a newer one
             if number is None:
@@ -281,18 +318,22 @@ class LiveConnection:
                 failure = {"kind": kind} if kind else {}
                 await self._say("error", number=number, message=str(result.error), **failure)
                 continue
+            taken = submitted + result.waited_ms / 1000
+            period_ms = beat.period_ms(taken, result.waited_ms, result.stages_ms["total"])
             data = await loop.run_in_executor(self._pool, encode_jpeg, result.image, self._quality)
-            meta = json.dumps(self._meta(result, arrived)).encode()
+            meta = json.dumps(self._meta(result, arrived, period_ms)).encode()
             await self._send(bytes=RESULT_HEADER.pack(number, len(meta)) + meta + data)
             if time.monotonic() - self._stats_sent >= self.STATS_EVERY_S:
                 self._stats_sent = time.monotonic()
                 await self._say("stats", memory=plain(self._holder.engine.stats().memory))
 
-    def _meta(self, result, arrived: float) -> dict:
+    def _meta(self, result, arrived: float, period_ms: float) -> dict:
         params = result.params
         return {
             "stages_ms": {name: round(ms, 2) for name, ms in result.stages_ms.items()},
             "age_ms": round(result.age_ms, 1),
+            "waited_ms": round(result.waited_ms, 1),  # of these, until the engine took it
+            "period_ms": round(period_ms, 1),  # from one taken frame to the next
             "server_ms": round((time.monotonic() - arrived) * 1000, 1),  # decoded, waited, edited and encoded
             "fps": round(result.fps, 2),
             "dropped": result.dropped + self._overwritten,

@@ -29,11 +29,13 @@ from benchmarks.live_view import (
 )
 from images import encode_png
 from qwen_realtime import EditParams, EditResult, EngineConfig, RealtimeEngine
+from routes.live import Beat
 from server import EngineHolder
 from webui.work import save_png, settings_inside
 
 pytest_plugins = ["page"]
 
+LIVE = Path(__file__).resolve().parent.parent / "webui" / "live"
 SIDE = 256
 FAST = Line(up_mbit=1000, down_mbit=1000, round_trip_ms=0)
 # A busy test machine has both cores taken; the bars of the benchmark are 25 frames a second and 200 ms.
@@ -154,6 +156,103 @@ def test_a_backlog_and_a_step_back_are_seen_as_such():
     growing = [each | {"late_ms": 100 + i} for i, each in enumerate(steady)]
     assert not flat(judge(growing))
     assert judge([*steady, steady[10]])["backwards"] == 1
+
+
+# Which frame is due
+
+
+@pytest.fixture(scope="module")
+def beat(browser):
+    """beat(sessions) -> what a page of its own says to a simulated engine and camera: see SIMULATED."""
+    page = browser.new_page()
+    script = (LIVE / "beat.js").read_text(encoding="utf-8")
+    yield lambda **how: page.evaluate(SIMULATED % script, how)
+    page.close()
+
+
+# A camera's frames every `interval`, each as long on its way as `late` says in turn; an engine with a mailbox of one, that
+# takes as long as `edits` says in turn; results that come back after `back`. All in ms; nothing here waits for a clock.
+SIMULATED = """({edits, interval = 1000 / 30, late = [0], back = 20, frames = 600}) => {
+    %s
+    let beat = newBeat(), asked = [], mail = null, busyUntil = 0, began = 0, periods = [];
+    const ages = [], idle = [], results = [], arriving = [], holds = [];
+    let sent = 0, taken = 0;
+    const engine = (until) => { // takes and edits until then
+        for (;;) {
+            const next = arriving[0]?.at ?? Infinity;
+            if (mail && busyUntil <= next) {
+                if (busyUntil > until) return;
+                take(Math.max(busyUntil, mail.at));
+            } else if (next <= until) {
+                mail = arriving.shift();
+                if (mail.at > busyUntil) take(mail.at);
+            } else return;
+        }
+    };
+    const take = (at) => {
+        const waited = at - mail.at, edit = edits[ages.length %% edits.length];
+        taken += at > interval * frames / 2;
+        if (ages.length) periods = [...periods, at - began].slice(-5);
+        ages.push(at - mail.takenAt);
+        idle.push(Math.max(at - busyUntil, 0));
+        began = at;
+        busyUntil = at + edit;
+        const periodMs = periods.length ? [...periods].sort((a, b) => a - b)[periods.length >> 1] : 0;
+        results.push({at: busyUntil + back, beat: {takenAt: mail.takenAt, waitedMs: waited, periodMs}});
+        mail = null;
+    };
+    for (let i = 1; i <= frames; i++) {
+        const now = i * interval;
+        engine(now);
+        while (results[0]?.at <= now) {
+            beat = results.shift().beat;
+            asked = asked.filter((at) => at > beat.takenAt);
+        }
+        const until = waitsUntil(beat, asked, interval, now);
+        holds.push(until && until - now);
+        if (until) continue;
+        sent += i > frames / 2;
+        asked.push(now);
+        arriving.push({takenAt: now, at: now + late[i %% late.length]});
+    }
+    const settled = (list) => list.slice(10);
+    return {ages: settled(ages), idle: settled(idle), holds, sent, taken}; // sent and taken: of the second half
+}"""
+
+
+def test_of_a_slow_models_frames_one_for_each_edit_is_sent_and_is_there_just_in_time(beat):
+    interval = 1000 / 30
+    for edit in (70, 99, 100, 105, 117, 250, 1001):
+        did = beat(edits=[edit], late=[45], frames=round(30 * edit / interval))
+        assert abs(did["sent"] - did["taken"]) <= 2, (edit, did["sent"], did["taken"])
+        assert max(did["ages"]) <= 45 + interval * 2 / 3 + 1, (edit, max(did["ages"]))
+        assert max(did["idle"]) <= interval / 3 + 1, (edit, max(did["idle"]))
+
+
+def test_no_frame_of_a_fast_model_is_held_back(beat):
+    did = beat(edits=[5], late=[20])
+    assert did["sent"] == 300 and max(did["holds"]) == 0, did["sent"]
+
+
+def test_a_jumpy_link_and_model_cost_a_frame_of_the_camera_and_never_a_stall(beat):
+    interval = 1000 / 30
+    did = beat(edits=[100, 104, 150, 98, 101], late=[30, 38, 31, 45, 30, 33, 30])
+    assert max(did["ages"]) <= 45 + 2 * interval + 50, max(did["ages"])  # 50: an edit that took so much longer
+    assert np.mean(did["idle"]) <= 0.1 * 110, np.mean(did["idle"])
+    held = [ms for ms in did["holds"] if ms]
+    assert held and max(held) <= 150 + interval, max(held)  # and then a picture that stands still is sent all the same
+
+
+def test_the_beat_is_the_engines_own_whether_or_not_frames_wait_for_it():
+    waiting, idle = Beat(), Beat()
+    assert waiting.period_ms(1.0, waited_ms=0, total_ms=100) == 0  # of one frame nothing can be said
+    for k in range(1, 8):
+        now_ms = waiting.period_ms(1 + 0.105 * k, waited_ms=20, total_ms=100)
+    assert now_ms == pytest.approx(105)
+    assert waiting.period_ms(3, waited_ms=20, total_ms=100) == pytest.approx(105)  # one that was delayed
+    for k in range(8):
+        now_ms = idle.period_ms(1 + 0.2 * k, waited_ms=0.5, total_ms=100)
+    assert now_ms == 100  # the engine was idle for the other half
 
 
 # The stream
@@ -514,6 +613,7 @@ def test_a_browser_may_ask_for_lighter_pictures_and_is_told_the_memory(photo):
             sizes.append(len(data))
             meta = json.loads(data[8 : 8 + struct.unpack_from("<II", data)[1]])
             assert meta["computed"] == 1.0 and meta["notes"] == []
+            assert 0 <= meta["waited_ms"] <= meta["age_ms"] and meta["period_ms"] >= 0
             if number == 1:
                 assert browser.until("stats")["memory"] == {}  # none on a CPU
         assert sizes[1] < 0.5 * sizes[0], sizes

@@ -16,7 +16,7 @@ from webui.parts import toast
 HERE = Path(__file__).resolve().parent
 # One script, in this order: what a file does while it is read needs only what stands before it.
 SCRIPTS = (
-    "elements", "stage", "settings", "sources", "weight", "frames", "links", "pictures", "truth", "png", "gallery", "start",
+    "elements", "stage", "settings", "sources", "weight", "beat", "frames", "links", "pictures", "truth", "png", "gallery", "start",
 )  # fmt: skip
 
 

@@ -5,10 +5,11 @@ page, with `element` (its root), `props` and `trigger` at hand. Where to find wh
 
   elements.js   the parts of the markup, what is said to the person          sources.js  camera, screen, video, picture
   settings.js   the controls as the engine's EditParams, favourites          frames.js   a frame taken, cut, encoded, sent
-  links.js      live socket, HTTP instead of it, connecting again            weight.js   smaller frames on a slow link
-  pictures.js   results onto the canvas                                      truth.js    what is measured, each second
-  stage.js      layouts, wipe, mirror, full screen, pop-out, freeze          png.js      settings inside a PNG, both ways
-  gallery.js    snapshots, recording, dropped files                          start.js    start, stop, keys, first wiring
+  links.js      live socket, HTTP instead of it, connecting again            beat.js     which frame is due
+  pictures.js   results onto the canvas                                      weight.js   smaller frames on a slow link
+  stage.js      layouts, wipe, mirror, full screen, pop-out, freeze          truth.js    what is measured, each second
+  gallery.js    snapshots, recording, dropped files                          png.js      settings inside a PNG, both ways
+  start.js      start, stop, keys, first wiring
 
 Everything that belongs to one press of Start hangs on one object, `run`; when it ends, whatever arrives late for it
 finds `run.alive` false and does nothing. The element's data-* attributes tell tests and style sheets what goes on. */

@@ -1,9 +1,6 @@
-/* A frame is taken when the source delivers one, only while few are unacknowledged and the one before is encoded: what
-keeps the picture fresh is that nothing ever waits in a line. A slow model is not sent every frame: five for each that it
-edits keep it fresh, and spare a small machine the rest. */
+/* A frame is taken when the source delivers one and it is due (beat.js), only while few are unacknowledged and the one
+before is encoded: what keeps the picture fresh is that nothing ever waits in a line. */
 
-const FRAMES_PER_EDIT = 5;
-const LONGEST_PAUSE_MS = 200;
 const STILL_MS = 200; // a source that shows nothing new for so long stands still
 
 const isHidden = () => (document.hidden || root.offsetParent === null) && !popout;
@@ -19,25 +16,38 @@ function everyFrame(own) {
     const clock = clockWindow();
     own.tick = { clock, id: plays && !signals
       ? clock.setTimeout(onNew, 33, performance.now(), {}) // older Firefox, or a page behind its pop-out
-      : clock.setTimeout(onStill, STILL_MS) };
+      : clock.setTimeout(onStill, own.held ? own.held.until - performance.now() : STILL_MS) };
   };
   const onNew = (now, metadata) => {
     own.tick.clock.clearTimeout(own.tick.id);
     if (!own.alive) return;
+    const at = performance.now(), passed = at - (own.taken.at(-1) ?? at - own.intervalMs);
+    own.intervalMs += (Math.min(passed, STILL_MS) - own.intervalMs) / 8;
     own.sourceFrames += 1;
-    own.taken.push(performance.now());
+    own.taken.push(at);
     own.resent = 0;
+    own.held = null;
     // captureTime is the camera's own; without it, the moment at which the frame was ready to be shown.
-    if (mayTake(own)) takeFrame(own, metadata.captureTime ?? metadata.presentationTime ?? performance.now());
-    else if (own.ready && own.params && !own.frozen && !isHidden()) own.skipped += 1;
+    const capturedAt = metadata.captureTime ?? metadata.presentationTime ?? at;
+    const sentSince = [...own.asked.values()].map((frame) => frame.takenAt).filter((each) => each > own.beat.takenAt);
+    const until = waitsUntil(own.beat, sentSince, own.intervalMs, at);
+    if (mayTake(own) && !until) takeFrame(own, capturedAt);
+    else if (own.ready && own.params && !own.frozen && !isHidden()) {
+      own.skipped += 1;
+      own.held = until ? { capturedAt, until } : null;
+    }
     next();
   };
   const onStill = () => {
     if (request) video.cancelVideoFrameCallback(request);
     if (!own.alive) return;
-    // Sent again until settings that take some frames to show have had them.
-    if (mayTake(own) && own.resent < 3 + own.params.steps + own.params.transition_frames) {
-      own.resent += 1;
+    const { held } = own;
+    own.held = null;
+    if (mayTake(own) && held) { // no newer one came
+      own.skipped -= 1;
+      takeFrame(own, held.capturedAt);
+    } else if (mayTake(own) && own.resent < 3 + own.params.steps + own.params.transition_frames) {
+      own.resent += 1; // sent again until settings that take some frames to show have had them
       takeFrame(own, performance.now());
     }
     next();
@@ -46,18 +56,17 @@ function everyFrame(own) {
 }
 
 const mayTake = (own) => own.ready && own.size && own.params && own.source && !own.encoding && !own.frozen && !isHidden() &&
-  sourceSize(own.source)[0] > 0 && own.link?.hasRoom() &&
-  performance.now() - own.sentAt >= Math.min((own.modelMs.total ?? 0) / FRAMES_PER_EDIT, LONGEST_PAUSE_MS);
+  sourceSize(own.source)[0] > 0 && own.link?.hasRoom();
 
 async function takeFrame(own, capturedAt) {
   own.encoding = true;
-  own.sentAt = performance.now();
+  const takenAt = performance.now();
   const link = own.link, params = own.params, level = LEVELS[own.level];
   try {
     const jpeg = await encodeFrame(own, level);
     if (!own.alive || own.link !== link || own.frozen) return;
     own.number = (own.number + 1) >>> 0;
-    own.asked.set(own.number, { capturedAt, params, sentAt: performance.now(), level: own.level });
+    own.asked.set(own.number, { capturedAt, takenAt, params, sentAt: performance.now(), level: own.level });
     link.frame(own.number, jpeg);
     root.dataset.sent = Number(root.dataset.sent) + 1;
   } finally {

@@ -14,6 +14,7 @@ function useLink(own, link) {
   own.link = link;
   own.ready = false;
   own.asked.clear();
+  own.beat = newBeat();
   own.weight = newWeight();
   setLevel(own, 0);
   root.dataset.link = link ? link.kind : "none";

@@ -8,6 +8,7 @@ async function onPicture(own, number, meta, jpeg) {
   own.lastResultAt = performance.now();
   if (own.said === "frame") unsay(own);
   const asked = own.asked.get(number);
+  if (asked && "period_ms" in meta) own.beat = { takenAt: asked.takenAt, waitedMs: meta.waited_ms, periodMs: meta.period_ms };
   for (const old of own.asked.keys()) if (old <= number) own.asked.delete(old);
   own.meta = { ...meta, width: bitmap.width, height: bitmap.height };
   if (meta.skipped) own.repeated += 1;

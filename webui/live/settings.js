@@ -68,6 +68,7 @@ function sendParams() {
     ...Object.fromEntries(controls.map((control) => [control.dataset.param, controlValue(control)])),
   };
   run.resent = 0; // a picture that stands still is wanted anew
+  run.beat = newBeat(); // and the next frame is due: it brings the new settings
   run.link?.params(run.params);
 }
 

@@ -6,7 +6,8 @@ async function start() {
   const own = run = {
     alive: true, source: null, socket: null, link: null, ready: false, attempts: 0, description: null, defaultSize: 256,
     number: 0, newest: 0, answered: 0, asked: new Map(), // the last sent, shown, answered; what was asked with each
-    encoding: false, sentAt: 0, resent: 0, size: null, params: null, level: 0, weight: newWeight(), tick: null,
+    encoding: false, resent: 0, held: null, intervalMs: 33, beat: newBeat(), tick: null, // ms between the source's frames
+    size: null, params: null, level: 0, weight: newWeight(),
     scratch: window.OffscreenCanvas ? new OffscreenCanvas(16, 16) : document.createElement("canvas"),
     meta: null, modelMs: {}, memory: null, said: "", frozen: false, onScreen: null,
     shown: [], taken: [], sourceFrames: 0, skipped: 0, repeated: 0, startedAt: now, lastResultAt: now, heardAt: now,

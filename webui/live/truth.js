@@ -37,9 +37,9 @@ function tellOfModel(meta, modelMs) {
   put("dropped", `${meta.dropped + run.skipped} of ${run.sourceFrames} frames, for newer ones` +
     (run.repeated ? `; ${run.repeated} pictures shown again, as little moved` : ""));
   put("computed", `${Math.round(100 * meta.computed)} % of the picture`);
-  const { model, lora, device, quantized, dtype } = run.description;
+  const { model, lora, device, quantized, attention_quantized: attention, dtype } = run.description;
   const name = `${model}${lora ? ` + ${lora}` : ""} on ${device}`;
-  const numbers = quantized ? [quantized, dtype] : [dtype];
+  const numbers = [quantized, attention && `${attention} attention`, dtype];
   put("running", [name, `${meta.width}×${meta.height}`, `${meta.steps} step${meta.steps > 1 ? "s" : ""}`, ...numbers]
     .filter(Boolean).join(", "));
   const memory = run.memory;

@@ -1,7 +1,7 @@
 /* How heavy a frame may be. The link carries one frame after the other, so what a frame's bytes cost is the time to its
 acknowledgement from the one before, or from its send where the link was empty, less what a word takes there and back.
-Where that is more than a third of what the camera takes for a frame, frames become lighter, both ways; where the next heavier ones
-would be fast too, heavier again. A link that is far but wide costs a frame nothing, and gets it whole. */
+Where that is more than a quarter of what the camera takes for a frame, frames become lighter, both ways; where the next
+heavier ones would be fast too, heavier again. A link that is far but wide costs a frame nothing, and gets it whole. */
 
 const LEVELS = [
   { quality: 0.85, scale: 1, name: "full quality" },
@@ -10,8 +10,8 @@ const LEVELS = [
   { quality: 0.55, scale: 0.75, name: "JPEG 55 %, ¾ size", heavier: 1.7 },
   { quality: 0.5, scale: 0.5, name: "JPEG 50 %, ½ size", heavier: 2.4 },
 ];
-const HEAVY_MS = 11; // of a frame on the link, from which it is lightened: a third of what a camera takes for the next
-const LIGHT_MS = 8; // that the next heavier frame may be expected to take
+const HEAVY_MS = 8; // of a frame on the link, from which it is lightened: a quarter of what a camera takes for the next
+const LIGHT_MS = 7; // that the next heavier frame may be expected to take
 const ACKS = 6; // that are judged together
 const TRY_AGAIN_MS = [4000, 8000, 16000, 32000, 64000]; // longer each time that heavier frames proved too heavy
 
@@ -33,11 +33,17 @@ function onAcknowledged(own, frame) {
   const { heavier } = LEVELS[own.level];
   if (weight.lastMs > HEAVY_MS && own.level < LEVELS.length - 1) {
     if (now - weight.risenAt < TRY_AGAIN_MS[0]) weight.failures += 1;
-    setLevel(own, own.level + 1);
+    setLevel(own, lightEnough(own.level, weight.lastMs));
   } else if (heavier && weight.lastMs * heavier < LIGHT_MS && now - weight.since > TRY_AGAIN_MS[Math.min(weight.failures, TRY_AGAIN_MS.length - 1)]) {
     weight.risenAt = now;
     setLevel(own, own.level - 1);
   }
+}
+
+/* The first lighter level that may do: six frames for each would be long on a very slow link. */
+function lightEnough(level, ms) {
+  do ms /= LEVELS[++level].heavier; while (ms > HEAVY_MS && level < LEVELS.length - 1);
+  return level;
 }
 
 function setLevel(own, level) {
