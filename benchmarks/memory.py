@@ -28,18 +28,20 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+import fast_path
 import loading
 from benchmarks import subjects
 from benchmarks.instruments import pictures
 from images import download
 
-# (transformer, text encoder)
+# (transformer's layers, its attention, text encoder)
 CHOICES = (
-    ("none", "none"),
-    ("fp8", "none"),
-    ("int8", "none"),
-    ("fp8", "int8"),
-    ("int8", "int8"),
+    ("none", "none", "none"),
+    ("fp8", "none", "none"),
+    ("fp8", "fp8", "none"),
+    ("int8", "fp8", "none"),
+    ("fp8", "fp8", "int8"),
+    ("int8", "fp8", "int8"),
 )
 SIZES, STEPS = (256, 512), 2
 CUDA_GB = 0.8  # its context, code and libraries
@@ -68,15 +70,19 @@ def _piece(pieces: dict, name: str, like: torch.Tensor) -> torch.Tensor:
     return pieces[key]
 
 
-def measure(pieces: dict, transformer: str, text_encoder: str, runs: int, card_gb: float | None = None) -> dict:
+def measure(
+    pieces: dict, transformer: str, attention: str, text_encoder: str, runs: int, card_gb: float | None = None
+) -> dict:
     """One row: loads and edits."""
     device = torch.device("cuda")
     torch.cuda.reset_peak_memory_stats()
     pipeline = pipeline_on_the_cpu(pieces)
     began = time.perf_counter()
+    pipeline.attention_quantize = fast_path.attention_kind(pipeline.transformer, attention, device)
     loading.finish(pipeline, device, (None, 1.0), transformer, text_encoder, lambda *_: None)
     torch.cuda.synchronize()
-    row = {"quantize": transformer, "text_encoder_quantize": text_encoder, "card_gb": card_gb}
+    row = {"quantize": transformer, "attention_quantize": attention, "text_encoder_quantize": text_encoder}
+    row["card_gb"] = card_gb
     row |= {"loading_s": round(time.perf_counter() - began, 1), "loading": _peaks()}
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -130,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="result file to write")
     parser.add_argument("--commit", help="of the code, for the result file")
-    parser.add_argument("--choices", nargs="+", help="of transformer/text encoder, e.g. int8/int8 (default: all)")
+    parser.add_argument("--choices", nargs="+", help="of layers/attention/text encoder, as int8/fp8/int8 (default: all)")
     parser.add_argument("--card-gb", type=float, help="the memory of a smaller card, in 1e9 bytes, CUDA's share included")
     parser.add_argument("--runs", type=int, default=10)
     args = parser.parse_args()

@@ -184,6 +184,7 @@ def _memory(path: Path, result: dict) -> str:
     """GPU memory against speed, a row for each choice."""
     columns = {
         "transformer": lambda row: row["quantize"],
+        "attention": lambda row: row.get("attention_quantize", "none"),
         "text encoder": lambda row: row["text_encoder_quantize"],
         "transformer on the GPU, GB": lambda row: _number(row["transformer_gb"]),
         "everything resident, GB": lambda row: _number(row["resident_gb"]),
@@ -223,7 +224,9 @@ def _quality(path: Path, result: dict) -> str:
     """The pocket model's evaluation with quantised layers."""
     rows = result["rows"]
     cells = {
-        "pocket model": [row["quantize"] for row in rows],
+        "layers": [row["quantize"] for row in rows],
+        "attention": [row["attention_quantize"] for row in rows],
+        "text encoder": [row["text_encoder_quantize"] for row in rows],
         "one picture, dB": [f"{row['one_picture']['psnr_db']:.2f}" for row in rows],
         "two pictures, dB": [f"{row['two_pictures']['psnr_db']:.2f}" for row in rows],
         "to the float picture, least / mean dB": [
@@ -231,7 +234,7 @@ def _quality(path: Path, result: dict) -> str:
             for row in rows
         ],
     }
-    return f"{_machine(path, result)}; all edits on all held-out photographs, 256x256, 2 steps.\n\n{_markdown(cells)}"
+    return f"{_machine(path, result)}; the pocket model, all edits on three photographs it never saw, 256x256, 2 steps.\n\n{_markdown(cells)}"
 
 
 def _reuse(path: Path, result: dict) -> str:
