@@ -16,7 +16,8 @@ In place (`in_place`): what the fast path runs for a layer, against what it runs
   in INT8 not yet; in bfloat16 at the end of the product.
 - 12288 -> 3072 (MLP, down): in FP8 the product with bias, of rows that came as e4m3; in INT8 GELU and quantisation in one
   kernel, then the product; against `F.linear` of rows that came through the GELU.
-- 3072 -> 3072 (out): rows quantised in a kernel of its own, product with bias; against `F.linear`.
+- 3072 -> 3072 (out): in FP8 the product with bias, of rows that 8-bit attention left as e4m3; in INT8 the rows quantised in
+  a kernel of its own, then the product; against `F.linear`.
 `in_place_gemm` is that less the time of bfloat16's norm kernel, measured in the same turns, on both sides: the product with
 quantisation, bias and epilogue counted, and nothing else. `means` are geometric, over the four shapes.
 
@@ -103,9 +104,8 @@ def in_place(floats: list[nn.Linear], made: list[QuantizedLinear], x: torch.Tens
 
     out = torch.empty(rows, outputs, device="cuda", dtype=torch.bfloat16)
     if outputs == WIDTH:
-        gelu = inputs > WIDTH
-        rows_given = made[0].quantize(x) if gelu and eight_bit != torch.int8 else None
-        ours = [lambda m=m: m._run(rows_given or m.quantize(x, gelu), *how, out, False) for m in made]
+        given = None if eight_bit == torch.int8 else made[0].quantize(x)
+        ours = [lambda m=m: m._run(given or m.quantize(x, gelu=inputs > WIDTH), *how, out, False) for m in made]
         return norm, [lambda m=m: F.linear(x, m.weight, m.bias) for m in floats], ours
 
     def quantized():
