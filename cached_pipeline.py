@@ -290,6 +290,11 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
             raise EditError("Tokens can be reused on the fast path only. Turn it on, or reuse off.")
         return fast_path.TokenCache(self.fused_transformer)
 
+    def expect(self, times: list[float]) -> None:
+        """That denoising will come to these timesteps of a schedule: the fast path makes ready all it has not met yet."""
+        if self.fused_transformer is not None:
+            self.fused_transformer.modulations.expect(times)
+
     # Step 5 -----------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -48,9 +48,7 @@ from settings import EditParams
 logger = logging.getLogger(__name__)
 
 STAGES = ("prepare", "encode_prompt", "encode_references", "denoise", "decode", "total")
-START_LEVELS = (
-    4  # with motion_aware a start takes so many strengths: each is a schedule that the fast path keeps tables for
-)
+START_LEVELS = 4  # strengths of a start with motion_aware: each is a schedule that the fast path keeps tables for
 
 
 class EngineError(EditError):
@@ -188,9 +186,8 @@ class SessionMemory:
     cache_used_monotonic: float = 0.0
     cache_lost: bool = False  # to another session, and nobody was told yet
     seen_with: tuple = ()  # settings, size and number of pictures for which
-    seen: list[np.ndarray] = dataclasses.field(
-        default_factory=list
-    )  # each token was last computed, as it saw the pictures
+    # The pictures as each token last saw them when it was computed.
+    seen: list[np.ndarray] = dataclasses.field(default_factory=list)
 
     def forget(self) -> None:
         """Lets go of everything that a later frame would build on: after a failure the next one starts afresh."""
@@ -501,16 +498,14 @@ class FrameEditor:
         if work.ready is not None:
             torch.cuda.current_stream(self._device).wait_event(work.ready)
             self._hand_over(work.references.latents, *work.prompt, *work.negative)
-        noise = self._pipe.initial_noise(
-            width, height, params.seed
-        )  # fixed by seed and size: a still scene stays still
+        noise = self._pipe.initial_noise(width, height, params.seed)  # fixed: a still scene stays still
         schedule = self._pipe.schedule(params.steps, width, height)  # the pipeline keeps both
         last, share = self._last_result(work), params.start_from_previous
         if params.motion_aware:
             share *= round(work.memory.strength * START_LEVELS) / START_LEVELS
         if last is not None and share > 0:
             key = (schedule.times, width, height, share)
-            schedule = self._schedules.get(key, lambda: started_late(schedule, 1.0 - share))
+            schedule = self._schedules.get(key, lambda: self._started_late(schedule, share, params))
             noise = start_from(noise, last.latents, 1.0 - share)
         options = {
             "negative_prompt_embeds": work.negative[0],
@@ -521,6 +516,14 @@ class FrameEditor:
             "token_cache": work.cache,
         }
         return (noise, work.references, *work.prompt, schedule), options
+
+    def _started_late(self, schedule: Schedule, share: float, params: EditParams) -> Schedule:
+        """With all that motion may choose made ready at once: one by one, each would stall the stream for 2 s."""
+        levels = range(1, START_LEVELS + 1) if params.motion_aware else ()
+        shares = (share, *(params.start_from_previous * i / START_LEVELS for i in levels))
+        late = [started_late(schedule, 1.0 - each) for each in shares]
+        self._pipe.expect([time for each in late for time in each.times])
+        return late[0]
 
     def _last_result(self, work: Work) -> Shown | None:
         """The last result if this frame shows the same edit: it may start from it, and keep of it."""
@@ -649,9 +652,8 @@ def _updated(seen: list[np.ndarray], now: list[np.ndarray], computed: np.ndarray
 def started_late(schedule: Schedule, sigma: float) -> Schedule:
     """The schedule with as many steps from `sigma` on, instead of from 1: every level times `sigma`."""
     times = tuple(t * sigma for t in schedule.times)
-    return dataclasses.replace(
-        schedule, sigmas=schedule.sigmas * sigma, timesteps=schedule.timesteps * sigma, times=times
-    )
+    levels = {"sigmas": schedule.sigmas * sigma, "timesteps": schedule.timesteps * sigma}
+    return dataclasses.replace(schedule, **levels, times=times)
 
 
 def start_from(noise: torch.Tensor, previous: torch.Tensor, sigma: float) -> torch.Tensor:

@@ -181,6 +181,9 @@ class PassThrough:
     def schedule(self, steps, width, height):
         return steps
 
+    def expect(self, times):
+        pass
+
     def initial_noise(self, width, height, seed):
         return None
 

@@ -6,6 +6,8 @@ same ones for every frame at the same noise level. They are kept (6.6 MB a level
 that was never asked for brings them back, block by block, for as long as it takes to compute it.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -47,11 +49,15 @@ class Modulations:
 
     def get(self, time: float, times: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """(blocks, out) for the pipeline's timestep `time`; if it is new, all of `times` are computed together."""
-        missing = [t for t in dict.fromkeys((time, *times)) if t not in self._cache]
-        if time in missing:
-            for t, table in zip(missing, self._compute(missing), strict=True):
-                self._cache.get(t, lambda table=table: table)
+        if time not in self._cache:
+            self.expect((time, *times))
         return self._cache.get(time, lambda: self._compute([time])[0])
+
+    def expect(self, times: Sequence[float]) -> None:
+        """Computes those of `times` that are new. The weights behind them come to the GPU once, not for each."""
+        missing = [t for t in dict.fromkeys(times) if t not in self._cache]
+        for t, table in zip(missing, self._compute(missing) if missing else (), strict=True):
+            self._cache.get(t, lambda table=table: table)
 
     def clear(self) -> None:
         """Forgets all times; call it when a weight behind them changes."""

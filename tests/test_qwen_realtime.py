@@ -70,6 +70,9 @@ class FakePipeline:
     def schedule(self, steps, width, height):
         return steps
 
+    def expect(self, times):
+        pass
+
     def initial_noise(self, width, height, seed):
         self.calls.append(("noise", width, height, seed))
         return torch.full((1, width * height // 256, 4), float(seed % 256))
