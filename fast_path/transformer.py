@@ -286,6 +286,7 @@ class _Block:
             if isinstance(merged, _Merged):
                 merged.check()
 
+    @torch.no_grad()
     def scale_values(self) -> None:
         """What 8-bit values are scaled by, from the weights that make them; in place, where recordings read it."""
         norms = torch.stack([_row_norms(layer) for layer in self._values]).amax(0)

@@ -171,6 +171,7 @@ def test_a_change_of_the_layers_that_make_values_changes_their_scales_in_place()
     fused.weights_changed({"transformer_blocks.0.attn.to_v", "transformer_blocks.0.attn.add_v_proj"})
     assert torch.allclose(scales.v, 4 * before) and scales.v.data_ptr() == at
     assert torch.allclose(scales.heard, scales.v.max() / 8)
+    assert scales.v.grad_fn is None, "else it would keep the weights in float32: 4.5 GB of the full-size model"
 
 
 def test_the_program_s_model_says_how_it_attends_and_refuses_what_it_does_not_know(photo):

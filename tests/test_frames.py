@@ -9,7 +9,7 @@ from test_engine_stream_batch import BatchingFake
 from test_qwen_realtime import PATIENCE_S, Clock
 
 from fast_path import TokenCache
-from frames import mixed_prompts, start_from, started_late, words_rows
+from frames import START_LEVELS, mixed_prompts, start_from, started_late, words_rows
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
 
 SIZE = 128
@@ -217,6 +217,24 @@ def test_motion_turns_the_strength_down(fast, photo):
         still = session._memory.strength
         serve(session, *[(photo(64, 64, seed), params) for seed in (2, 3, 4)])
         assert still == 1.0 and session._memory.strength < 0.3
+
+
+def test_all_strengths_that_motion_may_choose_are_ready_when_the_first_is(fast, photo):
+    """At full size each that is not stalls the stream for 2 s: the weights behind its levels have to come to the GPU."""
+    params = PARAMS.replace(start_from_previous=0.31, motion_aware=True, width=64, height=64, steps=2)
+    modulations = fast.pipeline.fused_transformer.modulations
+    with fast.open_session() as session:
+        before = modulations.summary()["entries"]
+        serve(session, *[(photo(64, 64, 1), params)] * 2)
+        ready = modulations.summary()["entries"]
+        strengths = set()
+        for share in (0.0, 0.02, 0.1, 0.3, 1.0):  # of the picture's pixels that are others
+            picture = photo(64, 64, 1).copy()
+            picture[: round(64 * share)] = 255 - picture[: round(64 * share)]
+            serve(session, (picture, params))
+            strengths.add(round(session._memory.strength * START_LEVELS))
+    assert len(strengths) > 2 and ready == before + 2 * START_LEVELS, strengths
+    assert modulations.summary()["entries"] == ready
 
 
 # Prompts
