@@ -84,10 +84,11 @@ def open_image(data, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise EditError(f"The picture is broken or cut off ({error}). Save it again and resend.") from None
 
 
-def fit(image: np.ndarray, width: int, height: int, mode: str = "crop") -> np.ndarray:
+def fit(image: np.ndarray, width: int, height: int, mode: str = "crop", quick: bool = False) -> np.ndarray:
     """The picture at (height, width, 3), aspect kept: "crop" fills and cuts the middle, "pad" shows all on black.
 
-    `image` is uint8 (H, W, 3). Returned unchanged when it already has the size.
+    `image` is uint8 (H, W, 3). Returned unchanged when it already has the size. Bicubic, or `quick` (bilinear): to
+    512x512 from half of that 3 ms in place of 4.4.
     """
     if mode not in ("crop", "pad"):
         raise EditError(f'The fit is "{mode}". Allowed: "crop", "pad".')
@@ -96,19 +97,19 @@ def fit(image: np.ndarray, width: int, height: int, mode: str = "crop") -> np.nd
     h, w = image.shape[:2]
     if (w, h) == (width, height):
         return image
-    picture = Image.fromarray(image)
+    picture, filter_ = Image.fromarray(image), Image.Resampling.BILINEAR if quick else Image.Resampling.BICUBIC
     if mode == "crop":
         scale = max(width / w, height / h)
         box_w, box_h = width / scale, height / scale
         left, top = max(0.0, (w - box_w) / 2), max(0.0, (h - box_h) / 2)
         box = (left, top, min(w, left + box_w), min(h, top + box_h))  # min, max: rounding must not leave the picture
         # One resampling straight from the box: no intermediate picture, the crop is exact to a fraction of a pixel.
-        return np.array(picture.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
+        return np.array(picture.resize((width, height), filter_, box=box, reducing_gap=3.0))
     scale = min(width / w, height / h)
     inner = (max(1, min(width, round(w * scale))), max(1, min(height, round(h * scale))))
     result = np.zeros((height, width, 3), np.uint8)
     left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
-    resized = picture.resize(inner, Image.Resampling.BICUBIC, reducing_gap=3.0)
+    resized = picture.resize(inner, filter_, reducing_gap=3.0)
     result[top : top + inner[1], left : left + inner[0]] = np.asarray(resized)
     return result
 

@@ -23,10 +23,9 @@ def tables(folder: Path = RESULTS) -> str:
 
 
 def technique_tables(folder: Path = RESULTS) -> str:
-    """Markdown of the techniques' files, side by side in one table, of token reuse alone, and of the soaks. May be empty."""
+    """Markdown of the techniques' files, side by side in one table, and of the soaks. May be empty."""
     files = _files(folder, "techniques")
     parts = [_techniques(files)] if files else []
-    parts += [_reuse(path, result) for path, result in _files(folder, "reuse")]
     return "\n\n".join(parts + [_soak(path, result) for path, result in _files(folder, "soak")])
 
 
@@ -235,24 +234,6 @@ def _quality(path: Path, result: dict) -> str:
         ],
     }
     return f"{_machine(path, result)}; the pocket model, all edits on three photographs it never saw, 256x256, 2 steps.\n\n{_markdown(cells)}"
-
-
-def _reuse(path: Path, result: dict) -> str:
-    """Token reuse without an engine around it: milliseconds a frame by share of tokens that are computed."""
-    rows = result["rows"]
-    kinds = list(dict.fromkeys(row["quantize"] for row in rows))
-    cases = list(dict.fromkeys((row["reuse"], row["changed"], row["computed"]) for row in rows))
-    by_case = {(row["quantize"], row["reuse"], row["changed"]): row["median_ms"] for row in rows}
-    columns = {
-        "reuse": [reuse for reuse, _, _ in cases],
-        "changed": [MISSING if changed is None else f"{changed:.0%}" for _, changed, _ in cases],
-        "computed": [f"{computed:.0%}" for _, _, computed in cases],
-    }
-    for kind in kinds:
-        found = [by_case[kind, reuse, changed] for reuse, changed, _ in cases]
-        columns[f"quantised {kind}, ms (frames/s)"] = [f"{ms:.1f} ({1e3 / ms:.1f})" for ms in found]
-    what = f"token reuse, {result['width']}x{result['height']}, {result['steps']} steps, weights {result['weights']}: {result['what']}"
-    return f"{_machine(path, result)}; {what}\n\n{_markdown(columns)}"
 
 
 def _soak(path: Path, result: dict) -> str:

@@ -253,7 +253,7 @@ class LiveConnection:
         if params.reference_area != "output":
             return image
         side = self._holder.engine.default_size
-        return fit(image, params.width or side, params.height or side, params.fit)
+        return fit(image, params.width or side, params.height or side, params.fit, quick=True)
 
     async def _open_session(self):
         """This connection's session; waits, and says so, while the model is loading or all places are taken.

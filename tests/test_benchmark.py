@@ -290,7 +290,7 @@ def test_only_what_is_between_the_markers_of_the_readme_changes(tmp_path):
 def test_tables_can_be_made_of_the_files_in_the_project():
     quantized, techniques = quantized_tables(), technique_tables()
     texts = {"benchmark": tables(), **dict.fromkeys(("memory", "linear", "quality"), quantized)}
-    texts |= dict.fromkeys(("techniques", "reuse", "soak"), techniques)
+    texts |= dict.fromkeys(("techniques", "soak"), techniques)
     for path in benchmark.ROOT.glob("benchmarks/results/*.json"):
         kind = kind_of(json.loads(path.read_text()))
         assert kind is None or f"(`benchmarks/results/{path.name}`)" in texts[kind]

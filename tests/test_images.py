@@ -226,8 +226,9 @@ def disc(width: int, height: int, radius: int) -> np.ndarray:
 @pytest.mark.parametrize("mode", ["crop", "pad"])
 @pytest.mark.parametrize("source", [(400, 200), (200, 400), (333, 333), (50, 70), (1280, 720)])
 @pytest.mark.parametrize("size", [(128, 128), (256, 128), (96, 160)])
-def test_a_disc_stays_round(mode, source, size):
-    picture = fit(disc(*source, radius=min(source) // 4), *size, mode)
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_disc_stays_round(mode, source, size, quick):
+    picture = fit(disc(*source, radius=min(source) // 4), *size, mode, quick)
     assert is_rgb(picture, size[1], size[0])
     bright = picture[:, :, 0] > 150
     columns, rows = bright.any(axis=0).sum(), bright.any(axis=1).sum()
