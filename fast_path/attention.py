@@ -281,6 +281,9 @@ if triton is not None:
 
 
 if gluon is not None:
+    # Gluon is young: these two have other names in Triton 3.6 than in 3.9.
+    _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+    _begin_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
     @gluon.jit
     def _exp2(x):
@@ -291,7 +294,7 @@ if gluon is not None:
         """Begins to load a block into its place of the ring, if it is wanted."""
         bar = barriers.index(block % STAGES)
         mbarrier.expect(bar, source.block_type.nbytes, pred=wanted)
-        tma.async_copy_global_to_shared(source, [row, column], bar, buffers.index(block % STAGES), pred=wanted)
+        _begin_load(source, [row, column], bar, buffers.index(block % STAGES), pred=wanted)
 
     @gluon.jit
     def _exponentials(s, m, total, scale, LAYOUT: gl.constexpr, RAISE: gl.constexpr):
@@ -331,7 +334,7 @@ if gluon is not None:
             mbarrier.init(k_bars.index(i), count=1)
             mbarrier.init(v_bars.index(i), count=1)
         hopper.fence_async_shared()
-        gl.thread_barrier()
+        _barrier()
         _fetch(q, sample * q_sample + row, column, queries, q_bar, 0, True, 1)
         _fetch(k, place + whole, column, key_ring, k_bars, 0, True, STAGES)
         _fetch(v, upper, whole, value_ring, v_bars, 0, True, STAGES)
@@ -347,7 +350,7 @@ if gluon is not None:
         s = hopper.warpgroup_mma(queries.index(0), key_ring.index(0).permute((1, 0)), nothing, use_acc=False)
         s = gl.where((whole + gl.arange(0, BLOCK_N, gl.SliceLayout(0, S)) < keys)[None, :], s, -1e30)
         hearing = hopper.warpgroup_mma_init(heard)
-        gl.thread_barrier()
+        _barrier()
         _fetch(k, place + (STAGES - 1) * BLOCK_N, column, key_ring, k_bars, STAGES, blocks > STAGES, STAGES)
         for block in range(0, blocks - 1):
             then = block + 1
@@ -360,7 +363,7 @@ if gluon is not None:
             mbarrier.wait(v_bars.index(block % STAGES), (block // STAGES) & 1)
             values = value_ring.index(block % STAGES).permute((1, 0))
             hearing = hopper.warpgroup_mma(p, values, heard, is_async=True)
-            gl.thread_barrier()  # all warps are done with what these overwrite
+            _barrier()  # all warps are done with what these overwrite
             k_more, v_more = then + STAGES, block - 1 + STAGES
             _fetch(k, place + (k_more - 1) * BLOCK_N, column, key_ring, k_bars, k_more, k_more < blocks, STAGES)
             wanted = (block > 0) & (v_more < blocks)
