@@ -135,6 +135,9 @@ class ThroughPipeline(CachedQwenImageEditPipeline):
     def token_cache(self):
         raise EditError("There are no keys and values to reuse here.")
 
+    def expect(self, times: list[float]) -> None:
+        """Nothing is kept for a noise level here."""
+
     def _run_text_encoder(self, prompt: str, pictures: list) -> torch.Tensor:
         return torch.full((1, 8, 16), prompt_value(prompt), device=self._execution_device)
 
