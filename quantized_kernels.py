@@ -5,11 +5,12 @@ a rotation, and writes 8 bits and one float32 scale. `residual_norm_modulate_qua
 anyway, so that it costs nothing. The product accumulates int8 x int8 in int32, exactly, or e4m3 x e4m3 in float32; both
 scales, the bias and, if asked for, the GELU are applied to the accumulator, and one rounded number is written.
 
-On Hopper both operands lie with the summed dimension contiguous, as its 8-bit tensor cores demand. Three forms of one
+On Hopper both operands lie with the summed dimension contiguous, as its 8-bit tensor cores demand. Four forms of one
 kernel are measured against each other (`Config.form`): loads by pointer, loads by the tensor memory accelerator ("tma"),
-and the latter with as many programs as the GPU has multiprocessors, each of which fetches its next tile while it writes
-the last ("persistent"). One launch may hold the products of two weights, one for the first rows and one for the others (see `multiply`): text
-alone is so few rows that it leaves most of the GPU idle.
+the latter with as many programs as the GPU has multiprocessors, each of which fetches its next tile while it writes the
+last ("persistent"), and that written in Gluon ("gluon"), where the next block's product is under way before the last
+one's is waited for: Triton waits for each with int8. One launch may hold the products of two weights, one for the first
+rows and one for the others (see `multiply`): text alone is so few rows that it leaves most of the GPU idle.
 
 e4m3 results can leave a product quantised: an exponent forgives a scale that is some bits too large, so a bound known
 before the sum serves, |x . w| <= |x| |w|. Rows bring their norms (`Quantized.norms`), weights theirs (`limits`). An int8
@@ -31,10 +32,20 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # a CPU build of torch comes without it
     triton = None
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+except ImportError:  # it came with Triton 3.4
+    gluon = None
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 GROUPS = (0, 16, 256)  # lengths of a rotation's groups; 0 is none
-_TALL = 32  # rows of tiles that go through a weight together
+_TALL = 32  # rows of tiles that go through a weight together, and rows of Gluon's
+_TALL_ROWS = 2048
+_SHARED_MEMORY = 227 * 1024  # of a multiprocessor, Hopper
 _TINY = 1e-30  # in place of the largest number of a row of zeros: finite inverse, zeros stay zeros
 
 
@@ -57,7 +68,7 @@ class Quantized(NamedTuple):
 
 
 class Config(NamedTuple):
-    """How the Triton kernel computes a product. `form` is "pointer", "tma" or "persistent"."""
+    """How the Triton kernel computes a product. `form` is "pointer", "tma", "persistent" or "gluon"."""
 
     block_m: int
     block_n: int
@@ -77,18 +88,19 @@ CANDIDATES = (
     Config(128, 128, 128, 8, 4),
     Config(64, 128, 128, 4, 4, "tma"),
     Config(128, 128, 128, 8, 4, "tma"),
-    Config(64, 256, 128, 8, 4, "tma"),
-    Config(128, 256, 128, 8, 3, "tma"),
-    Config(128, 128, 128, 8, 4, "persistent"),
-    Config(256, 128, 128, 8, 3, "persistent"),
     Config(128, 256, 128, 8, 4, "persistent"),
     Config(128, 128, 128, 4, 3, "tma"),
     Config(128, 128, 128, 8, 3, "tma"),
     Config(64, 128, 128, 4, 3, "tma"),
     Config(64, 64, 128, 4, 6, "tma"),
-    Config(128, 128, 64, 4, 4, "tma"),
+    Config(64, 64, 128, 4, 6, "gluon"),
+    Config(64, 128, 128, 4, 4, "gluon"),
+    Config(128, 128, 128, 4, 3, "gluon"),
+    Config(128, 128, 128, 8, 4, "gluon"),
+    Config(128, 128, 128, 8, 6, "gluon"),
+    Config(128, 256, 128, 8, 4, "gluon"),
+    Config(256, 128, 128, 8, 4, "gluon"),
 )
-
 
 PAIR_CANDIDATES = (
     Config(64, 128, 128, 4, 4),
@@ -96,6 +108,11 @@ PAIR_CANDIDATES = (
     Config(128, 128, 128, 8, 3, "tma"),
     Config(128, 128, 128, 4, 3, "tma"),
     Config(128, 256, 128, 8, 4, "persistent"),
+    Config(64, 128, 128, 4, 4, "gluon"),
+    Config(128, 128, 128, 4, 3, "gluon"),
+    Config(128, 128, 128, 8, 4, "gluon"),
+    Config(128, 256, 128, 8, 4, "gluon"),
+    Config(256, 128, 128, 8, 4, "gluon"),
 )
 
 
@@ -169,18 +186,27 @@ def multiply(
     assert x.values.is_contiguous() and weight.values.is_contiguous() and values.is_contiguous()
     a, b = x.values, weight.values
     if config.form != "pointer":
-        a = TensorDescriptor.from_tensor(a, [config.block_m, config.block_k])
-        b = TensorDescriptor.from_tensor(b, [config.block_n, config.block_k])
+        a = _described(a, [config.block_m, config.block_k], config.form)
+        b = _described(b, [config.block_n, config.block_k], config.form)
     tiles = (triton.cdiv(first, config.block_m) + triton.cdiv(rows - first, config.block_m)) * triton.cdiv(
         columns, config.block_n
     )
     eight = x.scales if limits is None else x.norms, x.scales if limits is None else limits, scales
     arguments = (a, b, x.scales, weight.scales, weight.scales if bias is None else bias, values, *eight)
     shared = {
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP": _TALL, "GELU": gelu,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GELU": gelu,
         "HAS_BIAS": bias is not None, "SUM": tl.int32 if x.values.dtype == torch.int8 else tl.float32,
-        "EIGHT": limits is not None, "num_warps": config.warps, "num_stages": config.stages,
+        "EIGHT": limits is not None, "num_warps": config.warps,
     }  # fmt: skip
+    if config.form == "gluon":
+        used = config.stages * (config.block_m + config.block_n) * config.block_k + 10240  # and what tiles pass through
+        programs = min(tiles, min(8 // config.warps, _SHARED_MEMORY // used) * _multiprocessors(values.device))
+        _overlapping_kernel[(programs,)](
+            *arguments, rows, first, second, columns, depth, programs,
+            GROUP=_TALL_ROWS // config.block_m, STAGES=config.stages, WARPS=config.warps, **shared,
+        )  # fmt: skip
+        return out
+    shared |= {"GROUP": _TALL, "num_stages": config.stages}
     if config.form == "persistent":
         programs = min(tiles, _multiprocessors(values.device))
         _persistent_kernel[(programs,)](*arguments, rows, first, second, columns, depth, programs, **shared)
@@ -192,19 +218,18 @@ def multiply(
     return out
 
 
-def fits(config: Config, rows: int) -> bool:
-    """Whether `config` makes sense for so many rows."""
-    return config.block_m < 2 * rows or config.block_m == 64
+def fits(config: Config, rows: int, device: torch.device) -> bool:
+    """Whether `config` can run there and makes sense for so many rows."""
+    capability = torch.cuda.get_device_capability(device)
+    if config.form == "gluon" and (gluon is None or capability != (9, 0)):
+        return False
+    return (config.form == "pointer" or capability >= (9, 0)) and (config.block_m < 2 * rows or config.block_m == 64)
 
 
 def tensor_cores_take(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether Triton's kernel can run there: int8 from Ampere on, e4m3 from Ada on."""
     least = (8, 0) if dtype == torch.int8 else (8, 9)
     return triton is not None and torch.cuda.get_device_capability(device) >= least
-
-
-def has_tma(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def measure_us(functions: list[Callable[[], object]], rounds: int = 4) -> float:
@@ -303,6 +328,13 @@ def _measuring_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def _described(x: torch.Tensor, block: list[int], form: str):
+    if form != "gluon":
+        return TensorDescriptor.from_tensor(x, block)
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.int8 if x.dtype == torch.int8 else gl.float8e4nv)
+    return GluonDescriptor(x, [*x.shape], [x.stride(0), 1], block, layout)
+
+
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -355,13 +387,14 @@ if triton is not None:
         x, values, scales, width,
         LARGEST: tl.constexpr, TINY: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
     ):  # fmt: skip
-        row = tl.program_id(0)
+        row = tl.num_programs(0) - 1 - tl.program_id(0)  # what was written last is still in L2, so are then the first rows
         columns = tl.arange(0, BLOCK)
         at = row.to(tl.int64) * width + columns
         kept = ()
         most = TINY
         for part in tl.static_range(PARTS):
-            value = tl.load(x + at + part * BLOCK, mask=part * BLOCK + columns < width, other=0.0).to(tl.float32)
+            inside = part * BLOCK + columns < width
+            value = tl.load(x + at + part * BLOCK, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
             if GELU:
                 value = _gelu(value)
             kept = kept + (value,)  # noqa: RUF005 - Triton knows no star
@@ -454,12 +487,18 @@ if triton is not None:
         return row, tl.where(is_first, first, rows), inner // height * BLOCK_N, tl.where(is_first, 0, second)
 
     @triton.jit
+    def _bound(norms, limits, rows, inside, weight):
+        """Of rows' results before the sums are known: what e4m3 numbers are scaled by. 2^-4 is what rounding to e4m3
+        may have added to a row's norm; the sum itself rounds much finer."""
+        limits += 2 * (weight > 0).to(tl.int32)
+        return tl.load(norms + rows, mask=inside, other=1.0) * tl.load(limits) * 1.08 + (tl.load(limits + 1) + 1e-30)
+
+    @triton.jit
     def _finish(
         total, row, end, column, weight, row_scales, column_scales, bias, out, norms, limits, out_scales, columns,
         GELU: tl.constexpr, HAS_BIAS: tl.constexpr, EIGHT: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):  # fmt: skip
-        is_second = (weight > 0).to(tl.int32)
         scales_end = tl.where(column == 0, end, 0)  # a row's scale is written by its leftmost tile
         row += tl.arange(0, BLOCK_M)
         column += tl.arange(0, BLOCK_N)
@@ -472,9 +511,7 @@ if triton is not None:
         if GELU:
             value = _gelu(value)
         if EIGHT:
-            # 2^-4 is what rounding to e4m3 may have added to the row's norm; the sum itself rounds much finer.
-            most = tl.load(norms + row, mask=down, other=1.0) * tl.load(limits + 2 * is_second) * 1.08
-            most += tl.load(limits + 2 * is_second + 1) + 1e-30
+            most = _bound(norms, limits, row, down, weight)
             value = value * (448.0 / most)[:, None]
             tl.store(out_scales + row, most * (1.0 / 448.0), mask=row < scales_end)
         at = row.to(tl.int64)[:, None] * columns + column[None, :]
@@ -530,3 +567,98 @@ if triton is not None:
                 total, row, end, column, weight, row_scales, column_scales, bias, out, norms, limits, out_scales,
                 columns, GELU, HAS_BIAS, EIGHT, BLOCK_M, BLOCK_N,
             )  # fmt: skip
+
+
+if gluon is not None:
+    # Gluon is young: these two have other names in Triton 3.6 than in 3.9.
+    barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+    begin_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+    @gluon.jit
+    def _fetch(a, b, row, column, k, a_ring, b_ring, bars, step, wanted, STAGES: gl.constexpr):
+        """Begins to load a block of both into their places of the rings, if it is wanted."""
+        bar = bars.index(step % STAGES)
+        mbarrier.expect(bar, a.block_type.nbytes + b.block_type.nbytes, pred=wanted)
+        begin_load(a, [row, k], bar, a_ring.index(step % STAGES), pred=wanted)
+        begin_load(b, [column, k], bar, b_ring.index(step % STAGES), pred=wanted)
+
+    @gluon.jit(do_not_specialize=["rows", "first", "programs"], do_not_specialize_on_alignment=["row_scales", "norms"])
+    def _overlapping_kernel(
+        a, b, row_scales, column_scales, bias, out, norms, limits, out_scales,
+        rows, first, second, columns, depth, programs,
+        BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr,
+        STAGES: gl.constexpr, WARPS: gl.constexpr,
+        GELU: gl.constexpr, HAS_BIAS: gl.constexpr, SUM: gl.constexpr, EIGHT: gl.constexpr,
+    ):  # fmt: skip
+        """One product is always under way while the next is begun; blocks are loaded STAGES ahead, across tiles too.
+
+        As many programs as can run at a time, each computes every so manyth tile."""
+        WIDE: gl.constexpr = 128 if gl.int32 == SUM and BLOCK_N > 128 else BLOCK_N  # an instruction's columns
+        TILE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDE, 32])
+        DOWN: gl.constexpr = gl.SliceLayout(1, TILE)
+        ACROSS: gl.constexpr = gl.SliceLayout(0, TILE)
+        LINE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+        PIECE: gl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth  # 16 bytes
+        LANES: gl.constexpr = BLOCK_N // PIECE if BLOCK_N < 32 * PIECE else 32
+        WRITE: gl.constexpr = gl.BlockedLayout([1, PIECE], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+        a_ring = gl.allocate_shared_memory(a.dtype, [STAGES, BLOCK_M, BLOCK_K], a.layout)
+        b_ring = gl.allocate_shared_memory(b.dtype, [STAGES, BLOCK_N, BLOCK_K], b.layout)
+        bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(STAGES):
+            mbarrier.init(bars.index(i), count=1)
+        hopper.fence_async_shared()
+        barrier()
+        tiles = (gl.cdiv(first, BLOCK_M) + gl.cdiv(rows - first, BLOCK_M)) * gl.cdiv(columns, BLOCK_N)
+        blocks = gl.maximum(gl.cdiv(depth, BLOCK_K), STAGES)  # beyond the depth zeros are loaded
+        row, end, column, weight = _place(gl.program_id(0), rows, first, second, columns, BLOCK_M, BLOCK_N, GROUP)
+        for i in gl.static_range(STAGES):
+            _fetch(a, b, row, weight + column, i * BLOCK_K, a_ring, b_ring, bars, i, True, STAGES)
+        step = 0
+        for tile in range(gl.program_id(0), tiles, programs):
+            then_row, then_end, then_column, then_weight = _place(
+                tile + programs, rows, first, second, columns, BLOCK_M, BLOCK_N, GROUP
+            )
+            more = tile + programs < tiles
+            down, line = row + gl.arange(0, BLOCK_M, DOWN), column + gl.arange(0, BLOCK_N, LINE)
+            row_factor = gl.load(row_scales + down, mask=down < end, other=0.0)
+            column_factor = gl.load(column_scales + weight + line, mask=line < columns, other=0.0)
+            if HAS_BIAS:
+                added = gl.load(bias + weight + line, mask=line < columns, other=0.0)
+            total = gl.full((BLOCK_M, BLOCK_N), 0, SUM, TILE)
+            for k in range(0, blocks):
+                here = (step + k) % STAGES
+                mbarrier.wait(bars.index(here), ((step + k) // STAGES) & 1)
+                total = hopper.warpgroup_mma(
+                    a_ring.index(here), b_ring.index(here).permute((1, 0)), total, use_acc=k > 0, is_async=True
+                )
+                total = hopper.warpgroup_mma_wait(1, deps=(total,))
+                barrier()  # all warps are done with the block before this one: its place is free
+                ahead = k - 1 + STAGES
+                same = ahead < blocks
+                _fetch(
+                    a, b, gl.where(same, row, then_row), gl.where(same, weight + column, then_weight + then_column),
+                    gl.where(same, ahead, ahead - blocks) * BLOCK_K,
+                    a_ring, b_ring, bars, step + k + STAGES - 1, (k > 0) & (same | more), STAGES,
+                )  # fmt: skip
+            total = hopper.warpgroup_mma_wait(0, deps=(total,))
+            barrier()
+            step += blocks
+            _fetch(
+                a, b, then_row, then_weight + then_column, (STAGES - 1) * BLOCK_K,
+                a_ring, b_ring, bars, step + STAGES - 1, more, STAGES,
+            )  # fmt: skip
+            value = total.to(gl.float32) * row_factor[:, None] * gl.convert_layout(column_factor, ACROSS)[None, :]
+            if HAS_BIAS:
+                value += gl.convert_layout(added.to(gl.float32), ACROSS)[None, :]
+            if GELU:
+                value = _gelu(value)
+            if EIGHT:
+                most = _bound(norms, limits, down, down < end, weight)
+                value = value * (448.0 / most)[:, None]
+                gl.store(out_scales + down, most * (1.0 / 448.0), mask=(down < end) & (column == 0))
+            result = gl.convert_layout(value.to(out.dtype.element_ty), WRITE)
+            down = row + gl.arange(0, BLOCK_M, gl.SliceLayout(1, WRITE))
+            across = column + gl.arange(0, BLOCK_N, gl.SliceLayout(0, WRITE))
+            at = down.to(gl.int64)[:, None] * columns + across[None, :]
+            gl.store(out + at, result, mask=(down < end)[:, None] & (across < columns)[None, :])
+            row, end, column, weight = then_row, then_end, then_column, then_weight

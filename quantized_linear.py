@@ -185,7 +185,7 @@ class QuantizedLinear(nn.Module):
         known = _measured.get((*key, dtype, device, tuple(wanted)))
         if known is not None:
             return known
-        if key in TABLE and TABLE[key][0] in wanted and _table_holds(device, dtype):
+        if key in TABLE and TABLE[key][0] in wanted and _table_holds(TABLE[key][1], rows, device, dtype):
             return Choice(*TABLE[key], "the fastest on an H200 (table)")
         if torch.cuda.is_current_stream_capturing():
             config = kernels.CANDIDATES[0] if wanted[0] == "triton" else None
@@ -222,10 +222,8 @@ class QuantizedLinear(nn.Module):
         return Choice(*best, f"measured here: {text}" + (f" ({best[1]})" if best[1] else ""))
 
     def _ways(self, rows: int, backends: list[str]) -> list[tuple[str, Config | None]]:
-        tma, most = kernels.has_tma(self.weight.device), row_bucket(rows)  # what serves these serves their whole class
-        configs = [
-            config for config in kernels.CANDIDATES if kernels.fits(config, most) and (tma or config.form == "pointer")
-        ]
+        most = row_bucket(rows)  # what serves these serves their whole class
+        configs = [config for config in kernels.CANDIDATES if kernels.fits(config, most, self.weight.device)]
         return [(b, c) for b in backends for c in (configs if b == "triton" else [None])]
 
     def _copy(self) -> "QuantizedLinear":
@@ -333,7 +331,7 @@ class QuantizedPair:
         known = _measured.get(("pair", *key, dtype, device))
         if known is not None:
             return known
-        if key in PAIRS and _table_holds(device, dtype):
+        if key in PAIRS and _table_holds(PAIRS[key][1], rows, device, dtype):
             return Choice(*PAIRS[key], "the fastest on an H200 (table)")
         if torch.cuda.is_current_stream_capturing():
             return Choice("apart", None, "not measured: the first call of this shape was recorded")
@@ -362,7 +360,7 @@ class QuantizedPair:
         apart = kernels.measure_us([lambda pair=pair: pair._apart(x, first, out, False) for pair in pairs])
         times, failed = {}, {}
         for config in kernels.PAIR_CANDIDATES:
-            if kernels.has_tma(device) or config.form == "pointer":
+            if kernels.fits(config, rows, device):
                 calls = [lambda pair=pair, c=config: pair._multiply(x, first, out, c, False) for pair in pairs]
                 try:
                     times[config] = kernels.measure_us(calls)
@@ -378,9 +376,10 @@ class QuantizedPair:
 _measured: dict[tuple, Choice] = {}  # of this process: layers of one shape share it
 
 
-def _table_holds(device: torch.device, dtype: torch.dtype) -> bool:
+def _table_holds(config: Config | None, rows: int, device: torch.device, dtype: torch.dtype) -> bool:
     """The tables are of an H200 and of results in 16 bits: tiles of float32 results may not fit its shared memory."""
-    return dtype.itemsize == 2 and torch.cuda.get_device_capability(device) == (9, 0)
+    runs = config is None or kernels.fits(config, row_bucket(rows), device)
+    return runs and dtype.itemsize == 2 and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def row_bucket(rows: int) -> int:

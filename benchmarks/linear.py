@@ -137,7 +137,7 @@ def eight_bit_config(made: list[QuantizedLinear], x: Quantized, out: Quantized, 
         weights = [(Quantized(m.weight, m.scale), m.bias) for m in made]
         return kernels.measure_us([lambda w=w: kernels.multiply(x, *w, out, config, True, limits=limits) for w in weights])
 
-    return min(kernels.PAIR_CANDIDATES if kernels.has_tma(limits.device) else kernels.CANDIDATES[:3], key=time)
+    return min((c for c in kernels.PAIR_CANDIDATES if kernels.fits(c, len(x.scales), limits.device)), key=time)
 
 
 def bfloats(*shape: int) -> torch.Tensor:

@@ -21,21 +21,17 @@ import torch
 import torch.nn.functional as F
 
 from fast_path.kernels import Places
-from quantized_kernels import Quantized
+from quantized_kernels import Quantized, gluon, triton
 
-try:
-    import triton
+if triton is not None:
     import triton.language as tl
-except ImportError:  # a CPU build of torch comes without it
-    triton = None
-try:
-    from triton.experimental import gluon
+if gluon is not None:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia import hopper
-    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-except ImportError:  # it came with Triton 3.4
-    gluon = None
+
+    from quantized_kernels import barrier, begin_load
 
 EIGHT = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -281,10 +277,6 @@ if triton is not None:
 
 
 if gluon is not None:
-    # Gluon is young: these two have other names in Triton 3.6 than in 3.9.
-    _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-    _begin_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-
     @gluon.jit
     def _exp2(x):
         return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
@@ -294,7 +286,7 @@ if gluon is not None:
         """Begins to load a block into its place of the ring, if it is wanted."""
         bar = barriers.index(block % STAGES)
         mbarrier.expect(bar, source.block_type.nbytes, pred=wanted)
-        _begin_load(source, [row, column], bar, buffers.index(block % STAGES), pred=wanted)
+        begin_load(source, [row, column], bar, buffers.index(block % STAGES), pred=wanted)
 
     @gluon.jit
     def _exponentials(s, m, total, scale, LAYOUT: gl.constexpr, RAISE: gl.constexpr):
@@ -334,7 +326,7 @@ if gluon is not None:
             mbarrier.init(k_bars.index(i), count=1)
             mbarrier.init(v_bars.index(i), count=1)
         hopper.fence_async_shared()
-        _barrier()
+        barrier()
         _fetch(q, sample * q_sample + row, column, queries, q_bar, 0, True, 1)
         _fetch(k, place + whole, column, key_ring, k_bars, 0, True, STAGES)
         _fetch(v, upper, whole, value_ring, v_bars, 0, True, STAGES)
@@ -350,7 +342,7 @@ if gluon is not None:
         s = hopper.warpgroup_mma(queries.index(0), key_ring.index(0).permute((1, 0)), nothing, use_acc=False)
         s = gl.where((whole + gl.arange(0, BLOCK_N, gl.SliceLayout(0, S)) < keys)[None, :], s, -1e30)
         hearing = hopper.warpgroup_mma_init(heard)
-        _barrier()
+        barrier()
         _fetch(k, place + (STAGES - 1) * BLOCK_N, column, key_ring, k_bars, STAGES, blocks > STAGES, STAGES)
         for block in range(0, blocks - 1):
             then = block + 1
@@ -363,7 +355,7 @@ if gluon is not None:
             mbarrier.wait(v_bars.index(block % STAGES), (block // STAGES) & 1)
             values = value_ring.index(block % STAGES).permute((1, 0))
             hearing = hopper.warpgroup_mma(p, values, heard, is_async=True)
-            _barrier()  # all warps are done with what these overwrite
+            barrier()  # all warps are done with what these overwrite
             k_more, v_more = then + STAGES, block - 1 + STAGES
             _fetch(k, place + (k_more - 1) * BLOCK_N, column, key_ring, k_bars, k_more, k_more < blocks, STAGES)
             wanted = (block > 0) & (v_more < blocks)

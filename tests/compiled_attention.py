@@ -5,55 +5,28 @@ runs this file.
 """
 
 import re
-import subprocess
 
 import pytest
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
+from hopper import assembled, compiled
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
 
 from fast_path import attention
 
-SHARED_MEMORY = 232448  # bytes that a program may have on an H200
+STRIDES = ("q_stride", "k_stride", "v_stride", "out_stride", "sample_stride", "stride")
 TYPES = (
     dict.fromkeys(("q", "k", "v"), "*fp8e4nv")
     | dict.fromkeys(("places", "kinds", "positions"), "*i32")
     | dict.fromkeys(("cos", "sin", "value_scales", "heard_scale", "row_scales"), "*fp32")
     | dict.fromkeys(("eps", "q_factor", "k_factor", "scale"), "fp32")
-    | dict.fromkeys(("q_stride", "k_stride", "v_stride", "tokens", "out_stride", "sample_stride", "stride"), "i32")
-    | dict.fromkeys(("rows", "keys", "q_sample", "k_sample"), "i32")
+    | dict.fromkeys((*STRIDES, "tokens", "rows", "keys", "q_sample", "k_sample"), "i32")
 )
-
-
-def compiled(kernel, constants: dict, warps: int, source=ASTSource, **types: str):
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else types.get(n, TYPES.get(n, "*bf16")) for n in names}
-    aligned = [n for n in names if signature[n].startswith("*") or n.endswith("stride")]
-    given = source(
-        kernel, signature, {(names.index(n),): value for n, value in constants.items()},
-        {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
-    )  # fmt: skip
-    made = triton.compile(given, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-    assert made.metadata.shared <= SHARED_MEMORY
-    return made
-
-
-def assembled(made, folder) -> str:
-    """What the assembler says about it."""
-    (folder / "kernel.ptx").write_text(made.asm["ptx"])
-    command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
-    said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
-    assert "0 bytes spill stores, 0 bytes spill loads" in said, said
-    return said
 
 
 @pytest.mark.parametrize("move, move_q", [(False, False), (True, False), (True, True)])
 def test_norm_rope_quantize(tmp_path, move, move_q):
     constants = {"MOVE": move, "MOVE_Q": move_q, "HEADS": 24, "BLOCK_HEADS": 8, "WIDTH": 128}
-    made = compiled(attention._norm_rope_quantize_kernel, constants, 4)
+    made = compiled(attention._norm_rope_quantize_kernel, constants, 4, TYPES, STRIDES)
     assembled(made, tmp_path)
     if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
         return  # it stores queries and keys byte by byte: right, and slower
@@ -63,7 +36,8 @@ def test_norm_rope_quantize(tmp_path, move, move_q):
 
 
 def test_transposing(tmp_path):
-    made = compiled(attention._transpose_kernel, {"HEADS": 24, "FOURS": 32, "TILE": 16}, 4, v="*i32", out="*i32")
+    types = TYPES | {"v": "*i32", "out": "*i32"}
+    made = compiled(attention._transpose_kernel, {"HEADS": 24, "FOURS": 32, "TILE": 16}, 4, types, STRIDES)
     assembled(made, tmp_path)
     loads, stores = (re.findall(rf"{what}\.global\.(v\d)\.b32", made.asm["ptx"]) for what in ("ld", "st"))
     assert loads == stores == ["v4"] * 4
@@ -76,11 +50,10 @@ def test_attention(tmp_path, eight):
         "EIGHT": eight, "HEADS": 24, "WIDTH": 128, "BLOCK_M": m, "BLOCK_N": n, "RAISE": attention._RAISE,
         "STAGES": attention._STAGES, "WARPS": attention._WARPS,
     }  # fmt: skip
-    types = {"out": "*fp8e4nv" if eight else "*bf16"}
+    types = TYPES | {"out": "*fp8e4nv" if eight else "*bf16"}
     for name, block in (("q", [m, 128]), ("k", [n, 128]), ("v", [128, n])):
         layout = gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv)
         types[name] = f"tensordesc<fp8e4nv{block},{layout!r}>"
-    made = compiled(attention._attend_kernel, constants, attention._WARPS, GluonASTSource, **types)
-    said = assembled(made, tmp_path)
-    assert "serialized" not in said, "the assembler makes products wait for each other where it cannot follow them"
+    made = compiled(attention._attend_kernel, constants, attention._WARPS, types, STRIDES)
+    assembled(made, tmp_path)
     assert "cp.async.bulk.tensor" in made.asm["ptx"] and re.search(r"wgmma.mma_async.*e4m3.e4m3", made.asm["ptx"])
