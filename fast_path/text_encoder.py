@@ -85,7 +85,7 @@ class FusedTextEncoder:
     has changed nothing, if the model's form is not known here.
     """
 
-    def __init__(self, text_encoder: Qwen2_5_VLForConditionalGeneration, graphs: Graphs | None = None):
+    def __init__(self, text_encoder: Qwen2_5_VLForConditionalGeneration):
         _check(text_encoder)
         try:
             visual, language_model = text_encoder.model.visual, text_encoder.model.language_model
@@ -112,7 +112,7 @@ class FusedTextEncoder:
             torch.cuda.empty_cache()
         self._vision_blocks = [_block(*parts, device=home) for parts in vision]
         self._text_blocks = [_block(*parts, device=home) for parts in text]
-        self.graphs = Graphs() if graphs is None else graphs
+        self.graphs = Graphs()
         # Not bounded: there are only as many grids as aspect ratios of one area, and one takes half a megabyte.
         self._layouts: dict[Grid, _Layout] = {}
 
@@ -128,7 +128,7 @@ class FusedTextEncoder:
             raise ValueError(f"{len(values)} patches, grid {grid}: want rows * columns, multiples of {self._merge}")
         if grid not in self._layouts:
             self._layouts[grid] = self._lay_out(rows, columns)
-        return self.graphs.run((self, "see", grid), partial(self._see, self._layouts[grid]), values)
+        return self.graphs.run(("see", grid), partial(self._see, self._layouts[grid]), values)
 
     @torch.no_grad()
     def read(self, embeds: torch.Tensor, positions: torch.Tensor, skip: int = 0) -> torch.Tensor:
@@ -144,7 +144,7 @@ class FusedTextEncoder:
         if embeds.is_cuda:  # few lengths are recorded; the attention is causal, so rows behind the last change nothing
             padding = _round_up(length, _LENGTHS) - length
             embeds, positions = F.pad(embeds, (0, 0, 0, padding)), F.pad(positions, (0, padding))
-        return self.graphs.run((self, "read", skip), partial(self._read, skip), embeds, positions)[:, : length - skip]
+        return self.graphs.run(("read", skip), partial(self._read, skip), embeds, positions)[:, : length - skip]
 
     def offload(self) -> int:
         """Moves to the CPU, if they are on a GPU, the vocabulary head, which nobody reads here, and the word table, of

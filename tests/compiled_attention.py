@@ -1,6 +1,6 @@
 """The kernels of 8-bit attention compile for a Hopper GPU that is not here: nothing spills, accesses are wide.
 
-Not collected by itself: the interpreter, once asked for, stays, so this needs a process of its own. `test_attention.py`
+Not collected by itself: the interpreter, once asked for, stays, so this needs a process of its own. `test_kernels.py`
 runs this file.
 """
 

@@ -1,7 +1,7 @@
 """The Triton kernels of the 8-bit linear layers compile for a Hopper GPU that is not here, and fit into its shared memory.
 
 The interpreter takes what the compiler refuses. Not collected by itself: the interpreter, once asked for, stays, so this
-needs a process of its own. `test_int8_linear.py` runs this file.
+needs a process of its own. `test_kernels.py` runs this file.
 """
 
 import re

@@ -1,6 +1,6 @@
 """The Triton kernels beside 8-bit attention, run by Triton's interpreter on CPU tensors, are their definitions.
 
-Not collected by itself: TRITON_INTERPRET=1 has to be set before Triton is imported. `test_attention.py` runs this file.
+Not collected by itself: TRITON_INTERPRET=1 has to be set before Triton is imported. `test_kernels.py` runs this file.
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 """The VAE's Triton kernels, run by Triton's interpreter on CPU tensors, are their twins in PyTorch.
 
-Not collected by itself: TRITON_INTERPRET=1 has to be set before Triton is imported. `test_fast_vae.py` runs this file.
+Not collected by itself: TRITON_INTERPRET=1 has to be set before Triton is imported. `test_kernels.py` runs this file.
 """
 
 import importlib.util

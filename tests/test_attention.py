@@ -1,9 +1,5 @@
 """8-bit attention: its definition against attention in float32, and its kernels without a GPU."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -112,17 +108,6 @@ def test_why_it_cannot_run_is_said(monkeypatch):
     assert attention.refusal(cuda, 128) is None
     assert "64 numbers, not 128" in attention.refusal(cuda, 64)
 
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("how", ["interpreted", "compiled"])
-def test_the_kernels_compute_what_their_definitions_say_and_compile_without_a_gpu(how):
-    """In Triton's interpreter, which has to be asked for before Triton is imported: in a process of its own."""
-    file = Path(__file__).with_name(f"{how}_attention.py")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    environment |= {"TRITON_INTERPRET": "1"} if how == "interpreted" else {}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
 
 # In the transformer and the program
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from stand_ins import PATIENCE_S
 from test_engine_pipelining import backlog
 from test_engine_stream_batch import stream
-from test_qwen_realtime import PATIENCE_S
 
 from cached_pipeline import load_pipeline
 from fast_path.reuse import AHEAD_EVERY

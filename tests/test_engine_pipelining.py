@@ -8,8 +8,8 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+from stand_ins import PATIENCE_S, FakePipeline, edit, grey
 from test_engine_stream_batch import BatchingFake, stream
-from test_qwen_realtime import PATIENCE_S, FakePipeline, edit, grey
 
 from images import EditError
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_qwen_realtime import PATIENCE_S, Clock, FakePipeline, edit, grey
+from stand_ins import PATIENCE_S, Clock, FakePipeline, edit, grey
 
 from images import EditError
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine

@@ -274,20 +274,19 @@ class _Replaying(Graphs):
 
 
 def test_what_is_recorded_once_serves_all_inputs_of_its_shape(plain):
-    graphs = _Replaying()
-    pair = [FusedTextEncoder(copy.deepcopy(plain), graphs), FusedTextEncoder(make_encoder({"depth": 2}), graphs)]
+    fused = FusedTextEncoder(copy.deepcopy(plain))
+    fused.graphs = _Replaying()
     for _ in range(2):
         for seed in (0, 1):
             for grid in ((16, 24), (24, 16)):  # as many patches in other windows
                 values = patches(*grid, seed)
-                assert relative(pair[0].see(values, grid), plainly_see(plain, values, grid)) < ROUNDING
+                assert relative(fused.see(values, grid), plainly_see(plain, values, grid)) < ROUNDING
             embeds, positions = tokens(40, seed)
             expected = plainly_read(plain, embeds, positions + seed)
             for skip in (0, 8):
-                read = pair[0].read(embeds, positions + seed, skip)
+                read = fused.read(embeds, positions + seed, skip)
                 assert relative(read, expected[:, skip:]) < ROUNDING
-        pair[1].see(patches(16, 24), (16, 24))  # one Graphs may serve several models
-    assert len(graphs.entries) == 2 + 2 + 1
+    assert len(fused.graphs.entries) == 2 + 2
 
 
 def test_the_models_own_forward_still_gives_its_numbers(plain, fused):

@@ -1,9 +1,5 @@
 """The single-frame VAE is the VAE: only rounding may differ."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +7,6 @@ from diffusers import AutoencoderKLQwenImage, QwenImageEditPlusPipeline
 from torch import nn
 
 import fast_path
-from fast_path import vae_kernels
 from fast_path.graphs import Graphs
 
 # Other kernels add in another order: float32 rounding, relative to the largest value.
@@ -226,17 +221,3 @@ def test_recordings_are_told_apart_by_all_that_changes_them(pocket):
     flat.decode_picture(packed, 64, 32, mean, std)
     flat.decode_picture(packed, 64, 32, mean, std)
     assert len(keys) == 5 and len(set(keys)) == 4
-
-
-# --- the kernels --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(vae_kernels.triton is None, reason="triton is not installed: its interpreter runs the kernels here")
-def test_the_kernels_are_their_twins():
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    file = Path(__file__).with_name("interpreted_vae_kernels.py")
-    child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=file.parent.parent, capture_output=True, text=True,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stdout[-4000:] + child.stderr[-4000:]

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from stand_ins import PATIENCE_S, Clock
 from test_engine_stream_batch import BatchingFake
-from test_qwen_realtime import PATIENCE_S, Clock
 
 from fast_path import TokenCache
 from frames import START_LEVELS, mixed_prompts, start_from, started_late, words_rows

@@ -10,8 +10,8 @@ import gradio as gr
 import httpx
 import pytest
 import websockets.exceptions
+from http_side import Browser, StubPipeline, b64, grey, post, serving
 from starlette.applications import Starlette
-from test_server import Browser, StubPipeline, b64, grey, post, serving
 from websockets.sync.client import connect
 
 from qwen_realtime import RealtimeEngine

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from http_side import b64, grey, serving
 from PIL import Image, ImageSequence
-from test_server import b64, grey, serving
 
 from benchmarks.soak import ThroughPipeline
 from qwen_realtime import EditParams, RealtimeEngine

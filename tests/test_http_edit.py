@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from test_server import PATIENCE_S, Browser, StubPipeline, b64, grey, post, serving, wait_until
+from http_side import PATIENCE_S, Browser, StubPipeline, b64, grey, post, serving, wait_until
 from websockets.exceptions import ConnectionClosed
 
 import routes.edit

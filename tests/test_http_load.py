@@ -8,7 +8,7 @@ import threading
 
 import numpy as np
 import pytest
-from test_server import Browser, StubPipeline, b64, grey, post, serving, wait_until
+from http_side import Browser, StubPipeline, b64, grey, post, serving, wait_until
 
 from benchmarks import load
 from images import encode_jpeg

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from test_server import Browser, b64, grey, wait_until
+from http_side import Browser, b64, grey, wait_until
 
 from images import open_image
 from server import main

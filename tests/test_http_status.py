@@ -11,8 +11,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from http_side import StubPipeline, b64, grey, post, serving
 from starlette.applications import Starlette
-from test_server import StubPipeline, b64, grey, post, serving
 
 from images import encode_jpeg, open_image
 from qwen_realtime import CHOICES, LIMITS, EditParams, RealtimeEngine

@@ -1,11 +1,7 @@
 """INT8 layers, and what they share with FP8: exact integers, errors within bounds, models swapped, written and read."""
 
 import copy
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -387,15 +383,3 @@ def test_the_pocket_models_pictures_stay_the_same(kind):
     truth = [edit.answer(tensor(source)).clamp(0, 1) for edit in edits]
     falls = [psnr(b, t) - psnr(a, t) for a, b, t in zip(after, before, truth, strict=True)]
     assert max(falls) < 0.3, falls
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("how", ["interpreted", "compiled"])
-def test_the_triton_kernels_compute_what_their_definitions_say_and_compile_without_a_gpu(how):
-    """In Triton's interpreter, which has to be asked for before Triton is imported: in a process of its own."""
-    file = Path(__file__).with_name(f"{how}_quantized_kernels.py")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    environment |= {"TRITON_INTERPRET": "1"} if how == "interpreted" else {}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]

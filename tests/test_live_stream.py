@@ -7,9 +7,9 @@ import struct
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import http_side
 import numpy as np
 import pytest
-import test_server
 from page import CUT, UNNAMED, await_frames, live, pixels
 from PIL import Image
 from playwright.sync_api import expect
@@ -599,16 +599,16 @@ def test_with_all_of_it_open_nothing_is_unnamed_cut_or_overlapping(view, width, 
 
 def test_a_browser_may_ask_for_lighter_pictures_and_is_told_the_memory(photo):
     with (
-        RealtimeEngine(test_server.StubPipeline(), EngineConfig(max_sessions=2)) as engine,
-        test_server.serving(EngineHolder(engine, {"model": "stub"})) as address,
-        test_server.Browser(address) as browser,
+        RealtimeEngine(http_side.StubPipeline(), EngineConfig(max_sessions=2)) as engine,
+        http_side.serving(EngineHolder(engine, {"model": "stub"})) as address,
+        http_side.Browser(address) as browser,
     ):
         browser.params(prompt="keep it", width=256, height=256)
         sizes = []
         for number, quality in enumerate((95, 30), 1):
             browser.socket.send(json.dumps({"type": "link", "quality": quality}))
             browser.socket.send(struct.pack("<I", number) + encode_png(photo(256, 256)))
-            while isinstance(data := browser.socket.recv(timeout=test_server.PATIENCE_S), str):
+            while isinstance(data := browser.socket.recv(timeout=http_side.PATIENCE_S), str):
                 pass
             sizes.append(len(data))
             meta = json.loads(data[8 : 8 + struct.unpack_from("<II", data)[1]])

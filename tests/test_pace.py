@@ -4,7 +4,7 @@ import itertools
 import random
 
 import pytest
-from test_qwen_realtime import Clock, FakePipeline, edit, grey, serve
+from stand_ins import Clock, FakePipeline, edit, grey, serve
 
 from pace import HOLD_S, Cost, Costs, Pace, Plan, estimate, interval_ms, pick, plan_of, plans
 from qwen_realtime import RealtimeEngine

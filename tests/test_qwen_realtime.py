@@ -2,7 +2,6 @@
 embedded model. Nothing sleeps: every wait is on an event with a timeout that only a failure reaches."""
 
 import asyncio
-import dataclasses
 import gc
 import threading
 import weakref
@@ -10,110 +9,15 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from stand_ins import PATIENCE_S, Clock, FakePipeline, edit, grey, serve
 
 from images import EditError
 from qwen_realtime import (
-    LIMITS,
     STAGES,
     EditParams,
     EngineConfig,
     RealtimeEngine,
-    prepare_pictures,
 )
-
-PATIENCE_S = 20  # no claim: only how long a broken engine may hang before the test fails
-
-
-class Clock:
-    """Monotonic seconds that move when the test says so."""
-
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class FakePipeline:
-    """The five steps without a model. Decodes to the seed's low byte; `hold` stops a frame in its denoise."""
-
-    default_size = 64
-    device = torch.device("cpu")
-    description = {"model": "fake"}  # noqa: RUF012
-
-    def __init__(self):
-        self.calls: list[tuple] = []
-        self.threads: set[str] = set()
-        self.steps_done = 0
-        self.started = threading.Semaphore(0)  # one release for each frame that reached its denoise
-        self.gate = threading.Event()
-        self.gate.set()
-        self.fail: dict[str, BaseException] = {}  # prompt -> raised in denoise
-        self.poison: set[str] = set()  # prompts whose latents are NaN
-        self.cleared = 0
-
-    def hold(self):
-        self.gate.clear()
-
-    def enable_fast_path(self):
-        return [("vae", True, "one frame")]
-
-    def cache_summary(self):
-        return {"prompt": {"entries": 0, "bytes": 0, "hits": 0, "misses": 0}}
-
-    def release_memory(self):
-        self.cleared += 1
-
-    def open_references(self, images):
-        return images
-
-    def schedule(self, steps, width, height):
-        return steps
-
-    def expect(self, times):
-        pass
-
-    def initial_noise(self, width, height, seed):
-        self.calls.append(("noise", width, height, seed))
-        return torch.full((1, width * height // 256, 4), float(seed % 256))
-
-    def encode_prompt(self, prompt, image=None):
-        self.threads.add(threading.current_thread().name)
-        self.calls.append(("prompt", prompt, [picture.shape for picture in image]))
-        return prompt, None
-
-    def encode_references(self, images, *, area, width, height):
-        self.calls.append(("references", [picture.shape for picture in images], area, width, height))
-        return images
-
-    def denoise(self, latents, references, prompt_embeds, mask, schedule, **options):
-        self.calls.append(("denoise", prompt_embeds, options["negative_prompt_embeds"], options["cfg_scale"]))
-        self.started.release()
-        assert self.gate.wait(PATIENCE_S), "the test never opened the gate"
-        if prompt_embeds in self.fail:
-            raise self.fail[prompt_embeds]
-        for step in range(schedule):
-            options["on_step"](step, schedule)
-            self.steps_done += 1
-        return latents * float("nan") if prompt_embeds in self.poison else latents
-
-    def decode(self, latents, width, height):
-        return latents[0, 0, 0].nan_to_num().to(torch.uint8).expand(1, height, width, 3)
-
-    def prompts(self) -> list[str]:
-        """Of the frames that reached their denoise, in order."""
-        return [call[1] for call in self.calls if call[0] == "denoise"]
-
-    def await_start(self):
-        assert self.started.acquire(timeout=PATIENCE_S), "no frame reached its denoise"
-
-
-def grey(width=64, height=64, value=128) -> np.ndarray:
-    return np.full((height, width, 3), value, np.uint8)
-
-
-def edit(prompt="negative", **changes) -> EditParams:
-    return EditParams(prompt=prompt, **changes)
 
 
 @pytest.fixture
@@ -126,110 +30,6 @@ def engine(fake):
     with RealtimeEngine(fake) as engine:
         yield engine
         fake.gate.set()
-
-
-# Settings
-
-
-@pytest.mark.parametrize(
-    "changes, allowed",
-    [
-        ({"prompt": ""}, "1 to 2000 characters"),
-        ({"prompt": " \n\t "}, "1 to 2000 characters"),
-        ({"prompt": "x" * 2001}, "at most 2000 characters"),
-        ({"prompt": None}, "at most 2000 characters"),
-        ({"prompt": b"sepia"}, "at most 2000 characters"),
-        ({"prompt": "half \ud800 pair"}, "valid Unicode"),
-        ({"negative_prompt": "x" * 2001}, "at most 2000 characters"),
-        ({"negative_prompt": 3}, "at most 2000 characters"),
-        *(({"steps": bad}, "whole number from 1 to 8") for bad in (0, 9, -1, 2.5, True, "2", None, [2], float("nan"))),
-        *(({"seed": bad}, "whole number from 0 to 4294967295") for bad in (-1, 2**32, 10**400, 0.5, False, "0", None)),
-        *(({"width": bad}, "multiple of 16 from 64 to 2048") for bad in (48, 250, 2064, 256.5, True, "256", 10**400)),
-        *(({"height": bad}, "multiple of 16 from 64 to 2048") for bad in (0, 63, 72, float("inf"), float("nan"), {})),
-        *(
-            ({"cfg_scale": bad}, "number from 1.0 to 10.0")
-            for bad in (0.9, 10.1, float("nan"), float("inf"), True, "4")
-        ),
-        *(({"blend_ratio": bad}, "number from 0.0 to 1.0") for bad in (-0.01, 1.01, float("-inf"), False, None, 1j)),
-        *(({"fit": bad}, "crop, pad") for bad in ("stretch", "", None, 1, ["crop"], np.array(["crop"]))),
-        ({"mode": "composite"}, "edit, blend, references"),
-        ({"reference_area": 1024}, "output, stock"),
-        *(({"stream_batch": bad}, "true, false") for bad in (1, 0, "true", None, 1.0)),
-        *(({"transition_frames": bad}, "whole number from 0 to 120") for bad in (-1, 121, 1.5, True)),
-        ({"start_from_previous": 0.95}, "number from 0.0 to 0.9"),
-        ({"cfg_mode": "self"}, "full, none, batched, self_negative, onetime_negative"),
-        ({"reuse": True}, "off, steps, frames"),
-        ({"transition": "sudden"}, "linear, spherical"),
-    ],
-)
-def test_a_bad_setting_is_refused_by_name_with_what_came_and_what_is_allowed(changes, allowed):
-    with pytest.raises(EditError) as caught:
-        EditParams(**{"prompt": "sepia", **changes})
-    (name,) = changes
-    assert str(caught.value).startswith(name), caught.value
-    assert allowed in str(caught.value), caught.value
-    assert len(str(caught.value)) < 200, "a huge value must not fill the page"
-    with pytest.raises(EditError):
-        EditParams.from_dict({"prompt": "sepia", **changes})
-
-
-def test_an_unknown_setting_raises_and_names_the_allowed_ones():
-    with pytest.raises(EditError, match=r"'strength'.*prompt, negative_prompt, steps"):
-        EditParams.from_dict({"prompt": "sepia", "strength": 1})
-    with pytest.raises(EditError, match="prompt is empty"):
-        EditParams.from_dict({"steps": 2})
-    with pytest.raises(EditError, match="names and values"):
-        EditParams.from_dict([("prompt", "sepia")])
-    with pytest.raises(EditError, match="cfg_scale is 11"):
-        edit().replace(cfg_scale=11)
-    with pytest.raises(EditError, match="'size'"):
-        edit().replace(size=64)
-
-
-def test_both_ends_of_every_range_are_allowed():
-    for name, (low, high) in LIMITS.items():
-        for value in (low, high, np.float64(low)):
-            assert getattr(edit(**{name: value}), name) == value
-
-
-def test_settings_are_kept_in_one_form_and_frozen():
-    params = EditParams(prompt="  sepia\n", steps=4.0, seed=np.int64(7), cfg_scale=2, width=np.int32(256))
-    assert (params.prompt, params.steps, params.seed, params.cfg_scale, params.width) == ("sepia", 4, 7, 2.0, 256)
-    assert {type(params.steps), type(params.seed), type(params.width)} == {int} and type(params.cfg_scale) is float
-    assert hash(params) == hash(params.replace()) and params.replace(steps=1).steps == 1 and params.steps == 4
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        params.steps = 2
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [{"max_sessions": 0}, {"idle_timeout_s": 0}, {"idle_timeout_s": float("nan")}, {"idle_timeout_s": 1e9},
-     {"default_size": 250}, {"default_size": 4096}, {"max_pixels": 1}, {"reuse_sessions": -1}],
-)  # fmt: skip
-def test_a_bad_engine_config_raises_by_name(bad):
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        EngineConfig(**bad)
-
-
-# Policies
-
-
-def test_output_area_fits_each_picture_to_the_output_and_stock_area_leaves_its_aspect():
-    wide, tall = grey(192, 64, 10), grey(64, 128, 210)
-    both = edit(mode="references")
-    assert [p.shape for p in prepare_pictures([wide, tall], both, 96, 80)] == [(80, 96, 3)] * 2
-    assert prepare_pictures([wide, tall], both.replace(reference_area="stock"), 96, 80) == [wide, tall]
-    padded = prepare_pictures([wide], edit(fit="pad"), 64, 64)[0]
-    assert padded[0].max() == 0 and padded[32].min() == 10, "pad shows all of the picture on black"
-
-
-@pytest.mark.parametrize("area, shape", [("output", (80, 96, 3)), ("stock", (64, 192, 3))])
-def test_blend_makes_one_picture_of_two_by_the_ratio(area, shape):
-    pictures = [grey(192, 64, 10), grey(64, 128, 210)]
-    for ratio, value in ((0, 10), (0.25, 60), (1, 210)):
-        params = edit(mode="blend", blend_ratio=ratio, reference_area=area)
-        (mixed,) = prepare_pictures(pictures, params, 96, 80)
-        assert mixed.shape == shape and abs(mixed.astype(int) - value).max() <= 1, (ratio, mixed.mean())
 
 
 # Frames and sessions
@@ -785,11 +585,6 @@ def test_on_cuda_the_stages_add_up_and_a_real_out_of_memory_is_survived(photo, m
 
 
 # Less work: similar frames, kept embeddings
-
-
-def serve(session, *frames):
-    """The results of (picture, params), one after the other."""
-    return [session.result(session.submit([picture], params), PATIENCE_S) for picture, params in frames]
 
 
 def test_a_similar_frame_repeats_the_last_picture_and_costs_no_model_work(fake):

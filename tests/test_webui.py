@@ -14,10 +14,10 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from http_side import StubPipeline
 from page import CUT, PRESETS, UNNAMED, answer, assert_edited, held_out, pixels, psnr
 from PIL import Image
 from playwright.sync_api import Page, expect
-from test_server import StubPipeline
 
 from images import blend, encode_png, fit, open_image
 from qwen_realtime import EditParams, EditResult

@@ -15,8 +15,8 @@ import httpx
 import numpy as np
 import pytest
 from gradio_client import Client, exceptions, handle_file
+from http_side import StubPipeline
 from page import PATIENCE_S, PRESETS, Program, assert_edited, held_out
-from test_server import StubPipeline
 
 from images import blend, encode_png, fit, open_image
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine

@@ -1,0 +1,107 @@
+"""What stands in for a model and a clock in the tests of the engine, and what those tests share."""
+
+import threading
+
+import numpy as np
+import torch
+
+from qwen_realtime import EditParams
+
+PATIENCE_S = 20  # no claim: only how long a broken engine may hang before the test fails
+
+
+class Clock:
+    """Monotonic seconds that move when the test says so."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakePipeline:
+    """The five steps without a model. Decodes to the seed's low byte; `hold` stops a frame in its denoise."""
+
+    default_size = 64
+    device = torch.device("cpu")
+    description = {"model": "fake"}  # noqa: RUF012
+
+    def __init__(self):
+        self.calls: list[tuple] = []
+        self.threads: set[str] = set()
+        self.steps_done = 0
+        self.started = threading.Semaphore(0)  # one release for each frame that reached its denoise
+        self.gate = threading.Event()
+        self.gate.set()
+        self.fail: dict[str, BaseException] = {}  # prompt -> raised in denoise
+        self.poison: set[str] = set()  # prompts whose latents are NaN
+        self.cleared = 0
+
+    def hold(self):
+        self.gate.clear()
+
+    def enable_fast_path(self):
+        return [("vae", True, "one frame")]
+
+    def cache_summary(self):
+        return {"prompt": {"entries": 0, "bytes": 0, "hits": 0, "misses": 0}}
+
+    def release_memory(self):
+        self.cleared += 1
+
+    def open_references(self, images):
+        return images
+
+    def schedule(self, steps, width, height):
+        return steps
+
+    def expect(self, times):
+        pass
+
+    def initial_noise(self, width, height, seed):
+        self.calls.append(("noise", width, height, seed))
+        return torch.full((1, width * height // 256, 4), float(seed % 256))
+
+    def encode_prompt(self, prompt, image=None):
+        self.threads.add(threading.current_thread().name)
+        self.calls.append(("prompt", prompt, [picture.shape for picture in image]))
+        return prompt, None
+
+    def encode_references(self, images, *, area, width, height):
+        self.calls.append(("references", [picture.shape for picture in images], area, width, height))
+        return images
+
+    def denoise(self, latents, references, prompt_embeds, mask, schedule, **options):
+        self.calls.append(("denoise", prompt_embeds, options["negative_prompt_embeds"], options["cfg_scale"]))
+        self.started.release()
+        assert self.gate.wait(PATIENCE_S), "the test never opened the gate"
+        if prompt_embeds in self.fail:
+            raise self.fail[prompt_embeds]
+        for step in range(schedule):
+            options["on_step"](step, schedule)
+            self.steps_done += 1
+        return latents * float("nan") if prompt_embeds in self.poison else latents
+
+    def decode(self, latents, width, height):
+        return latents[0, 0, 0].nan_to_num().to(torch.uint8).expand(1, height, width, 3)
+
+    def prompts(self) -> list[str]:
+        """Of the frames that reached their denoise, in order."""
+        return [call[1] for call in self.calls if call[0] == "denoise"]
+
+    def await_start(self):
+        assert self.started.acquire(timeout=PATIENCE_S), "no frame reached its denoise"
+
+
+def grey(width=64, height=64, value=128) -> np.ndarray:
+    return np.full((height, width, 3), value, np.uint8)
+
+
+def edit(prompt="negative", **changes) -> EditParams:
+    return EditParams(prompt=prompt, **changes)
+
+
+def serve(session, *frames):
+    """The results of (picture, params), one after the other."""
+    return [session.result(session.submit([picture], params), PATIENCE_S) for picture, params in frames]
