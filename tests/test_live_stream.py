@@ -72,7 +72,7 @@ HEARD = """
     };
 """
 OVERLAPS = """() => {
-    const boxes = [...document.querySelectorAll(".live :is(button, select, input:not(.wipe), summary, .message, .truth, figcaption)")]
+    const boxes = [...document.querySelectorAll(".live :is(button, select, input:not(.wipe), summary, .message, .brief, .truth, figcaption)")]
         .filter((each) => each.offsetParent && each.type !== "file" && !each.closest(".chips"))
         .map((each) => [each, each.getBoundingClientRect()]);
     const found = [];

@@ -48,7 +48,10 @@ def test_live_shows_edited_frames_follows_the_prompt_and_stops(ready, open_page,
     await_frames(page, 1)
     assert_edited(pixels(page, ".edited"), "negative", camera)
 
-    # The line of truth.
+    # The line of truth; its two main numbers stand beside Start, in sight of the pictures.
+    expect(page.locator(".t-rate")).to_contain_text("frames/s")
+    expect(page.locator(".t-delay")).to_contain_text("ms to the screen")
+    assert page.evaluate("document.querySelector('.t-fps').textContent.startsWith(document.querySelector('.t-rate').textContent)")
     expect(page.locator(".t-fps")).to_contain_text("frames/s")
     expect(page.locator(".t-latency")).to_contain_text("ms")
     expect(page.locator(".t-model")).to_contain_text("denoise")

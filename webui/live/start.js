@@ -13,6 +13,7 @@ async function start() {
     shown: [], taken: [], sourceFrames: 0, skipped: 0, repeated: 0, startedAt: now, lastResultAt: now, heardAt: now,
   };
   setState("starting");
+  put("rate", ""), put("delay", "");
   say({ camera: "Asking for the camera…", screen: "Asking which screen or window…" }[sources.value] ?? "Opening the file…");
   try {
     const source = await openSource();

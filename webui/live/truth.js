@@ -12,10 +12,13 @@ function tellTruth() {
   run.shown = run.shown.filter((frame) => now - frame.at < windowMs);
   run.taken = run.taken.filter((at) => now - at < windowMs);
   const rate = (list) => list.length / (windowMs / 1000);
-  put("fps", `${rate(run.shown).toFixed(1)} frames/s of ${rate(run.taken).toFixed(0)} from the ${run.source?.kind ?? sources.value}`);
+  const shown = `${rate(run.shown).toFixed(1)} frames/s`;
+  put("rate", shown);
+  put("fps", `${shown} of ${rate(run.taken).toFixed(0)} from the ${run.source?.kind ?? sources.value}`);
   const latencies = run.shown.map((frame) => frame.latency).filter((ms) => ms !== undefined);
-  put("latency", latencies.length
-    ? `${quantile(latencies, 0.5).toFixed(0)} ms (95 %: ${quantile(latencies, 0.95).toFixed(0)} ms)` : "–");
+  const median = latencies.length ? `${quantile(latencies, 0.5).toFixed(0)} ms` : "–";
+  put("delay", latencies.length ? `${median} to the screen` : "");
+  put("latency", latencies.length ? `${median} (95 %: ${quantile(latencies, 0.95).toFixed(0)} ms)` : median);
   if (run.meta) tellOfModel(run.meta, modelMs);
   tellOfLink();
   const waited = (now - run.lastResultAt) / 1000;
