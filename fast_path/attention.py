@@ -239,10 +239,8 @@ if triton is not None:
         factor *= tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / WIDTH + eps)
         even, odd = tl.split(tl.reshape(x * factor * weight, (2 * BLOCK_HEADS, WIDTH // 2, 2)))
         turned = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (2 * BLOCK_HEADS, WIDTH))
-        turned = turned.to(tl.float8e4nv)
-        at, here = head * WIDTH + numbers, head < HEADS  # one store to either pointer would go byte by byte in Triton 3.9
-        tl.store(q + (place if MOVE_Q else own) * q_stride + at, turned, mask=here & (is_key == 0))
-        tl.store(k + place * k_stride + at, turned, mask=here & (is_key == 1))
+        to = tl.where(is_key == 1, k + place * k_stride, q + (place if MOVE_Q else own) * q_stride)
+        tl.store(to + head * WIDTH + numbers, turned.to(tl.float8e4nv), mask=head < HEADS)
 
     @triton.jit
     def _even_bytes(low, high):
