@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import torch
 
+from benchmarks.live_view import PassThrough
 from qwen_realtime import EditParams
 
 PATIENCE_S = 20  # no claim: only how long a broken engine may hang before the test fails
@@ -20,14 +21,13 @@ class Clock:
         return self.now
 
 
-class FakePipeline:
+class FakePipeline(PassThrough):
     """The five steps without a model. Decodes to the seed's low byte; `hold` stops a frame in its denoise."""
 
-    default_size = 64
-    device = torch.device("cpu")
     description = {"model": "fake"}  # noqa: RUF012
 
     def __init__(self):
+        super().__init__(64)
         self.calls: list[tuple] = []
         self.threads: set[str] = set()
         self.steps_done = 0
@@ -49,15 +49,6 @@ class FakePipeline:
 
     def release_memory(self):
         self.cleared += 1
-
-    def open_references(self, images):
-        return images
-
-    def schedule(self, steps, width, height):
-        return steps
-
-    def expect(self, times):
-        pass
 
     def initial_noise(self, width, height, seed):
         self.calls.append(("noise", width, height, seed))
