@@ -12,7 +12,7 @@ frame of a stream to the next most of the reference's tokens are what they were.
 This is not exact: what is kept has not heard of what changed elsewhere. So the number of rows is rounded up, and the
 spare places go to the neighbours of what changed, over which the VAE and the model look, then to all others, those first
 that were computed longest ago: nothing gets old for ever, and few shapes are recorded. (With 30 % changed this computes 31 %
-of the tokens at 512x512, with all neighbours 38 %; on the pocket model it costs 0.09 dB there and 0.17 dB at 256x256.)
+of the tokens at 512x512. What it costs in dB is in the README's table.)
 
 A CUDA graph is recorded for each number of rows. When it first comes that stalls the stream by 150 to 250 ms on an H200.
 So a number that has no recording is rounded up further to one that has, if it is near, and its neighbours are recorded
