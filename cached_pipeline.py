@@ -38,14 +38,12 @@ from diffusers.pipelines.qwenimage.pipeline_output import QwenImagePipelineOutpu
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-import denoising
 import fast_path
-import loading
-import vision_language
-from content_cache import ContentCache
-from denoising import References
-from images import EditError, Pictures, download, named, resample
-from sampling import Schedule, noise_levels
+from pipeline import denoising, loading, vision_language
+from pipeline.content_cache import ContentCache
+from pipeline.denoising import References
+from pipeline.images import EditError, Pictures, download, named, resample
+from pipeline.sampling import Schedule, noise_levels
 
 MAX_REFERENCES = 3
 MAX_SIDE = 4096

@@ -10,10 +10,10 @@ through `torch._scaled_mm`, row-wise; bfloat16 results only), "triton" (see `qua
 import torch
 import torch.nn.functional as F
 
-import quantized_kernels as kernels
-import quantized_linear as shared
-from quantized_kernels import Config, Quantized
-from quantized_linear import QuantizedLinear
+from quantization import kernels as kernels
+from quantization import layer as shared
+from quantization.kernels import Config, Quantized
+from quantization.layer import QuantizedLinear
 
 __all__ = ["Fp8Linear", "swap_linears"]
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import quantized_kernels as kernels
-import quantized_linear as shared
-from quantized_kernels import Config, Quantized
-from quantized_linear import QuantizedLinear, Swapped, default_filter, no_rotation, rotate_down_projections
+from quantization import kernels as kernels
+from quantization import layer as shared
+from quantization.kernels import Config, Quantized
+from quantization.layer import QuantizedLinear, Swapped, default_filter, no_rotation, rotate_down_projections
 
 __all__ = ["Int8Linear", "default_filter", "quantize_main", "rotate_down_projections", "swap_linears"]
 

@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from frames import (
+from engine.frames import (
     STAGES,
     Cancelled,
     EngineError,
@@ -51,10 +51,19 @@ from frames import (
     is_out_of_memory,
     prepare_pictures,
 )
-from images import EditError
-from pace import Cost, Costs, Pace
-from policies import RATE_FRAMES, frame_rate, idle_sessions, next_session, shown_ages, take_at
-from settings import CHOICES, LIMITS, MAX_PROMPT_CHARS, PICTURES, SIZE_MULTIPLE, EditParams, EngineConfig, output_size
+from engine.pace import Cost, Costs, Pace
+from engine.policies import RATE_FRAMES, frame_rate, idle_sessions, next_session, shown_ages, take_at
+from engine.settings import (
+    CHOICES,
+    LIMITS,
+    MAX_PROMPT_CHARS,
+    PICTURES,
+    SIZE_MULTIPLE,
+    EditParams,
+    EngineConfig,
+    output_size,
+)
+from pipeline.images import EditError
 
 __all__ = [
     "CHOICES", "LIMITS", "MAX_PROMPT_CHARS", "PICTURES", "SIZE_MULTIPLE", "STAGES",

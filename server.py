@@ -12,7 +12,7 @@
 
 The routes never touch the model: they speak to a `RealtimeEngine` through sessions, so any number of clients share one
 engine, fairly. It may still be loading when the first one comes, so the routes hold an `EngineHolder`. What each route
-does is in `routes/`; this module puts them together and is the program that serves them without the page.
+does is in `serving/`; this module puts them together and is the program that serves them without the page.
 """
 
 import argparse
@@ -36,13 +36,13 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from routes.access import KINDS, LOOPBACK_NAMES, Endpoint, Guard, Refusal, plain, read_json
-from routes.document import DocumentDesk
-from routes.edit import MAX_BODY_BYTES, EditDesk, fitted, output_size, parse_edit
-from routes.holder import EngineHolder
-from routes.live import MAX_FRAME_BYTES, LiveConnection, LiveRoom
-from routes.status import StatusDesk
-from startup import add_flags, check_flags, is_loopback, load_engine, warn_if_open
+from serving.access import KINDS, LOOPBACK_NAMES, Endpoint, Guard, Refusal, plain, read_json
+from serving.document import DocumentDesk
+from serving.edit import MAX_BODY_BYTES, EditDesk, fitted, output_size, parse_edit
+from serving.holder import EngineHolder
+from serving.live import MAX_FRAME_BYTES, LiveConnection, LiveRoom
+from serving.startup import add_flags, check_flags, is_loopback, load_engine, warn_if_open
+from serving.status import StatusDesk
 
 __all__ = [
     "MAX_BODY_BYTES", "EngineHolder", "Guard", "create_app", "create_routes", "fitted", "main", "output_size",

@@ -29,7 +29,7 @@ import threading
 import gradio as gr
 
 from server import EngineHolder, Guard, create_routes
-from startup import add_flags, check_flags, load_engine, port_number, warn_if_open
+from serving.startup import add_flags, check_flags, load_engine, port_number, warn_if_open
 from webui.api import Page, create_api, mcp_missing
 from webui.composite import create_composite
 from webui.controls import SHARE_SETTINGS, create_settings

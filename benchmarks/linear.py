@@ -36,12 +36,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import quantized_kernels as kernels
 from fast_path.kernels import residual_norm_modulate
 from fp8_linear import Fp8Linear
 from int8_linear import Int8Linear
-from quantized_kernels import Config, Quantized, residual_norm_modulate_quantize
-from quantized_linear import PAIRS, QuantizedLinear, QuantizedPair, row_bucket
+from quantization import kernels as kernels
+from quantization.kernels import Config, Quantized, residual_norm_modulate_quantize
+from quantization.layer import PAIRS, QuantizedLinear, QuantizedPair, row_bucket
 
 ROWS = (512, 2048, 5120)
 SHAPES = ((3072, 3072), (3072, 9216), (3072, 12288), (12288, 3072))  # inputs, outputs

@@ -38,7 +38,7 @@ from pathlib import Path
 
 import numpy as np
 
-from images import EditError, encode_jpeg
+from pipeline.images import EditError, encode_jpeg
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "live-view.json"

@@ -29,10 +29,10 @@ from accelerate import init_empty_weights
 from torch import nn
 
 import fast_path
-import loading
 from benchmarks import subjects
 from benchmarks.instruments import pictures
-from images import download
+from pipeline import loading
+from pipeline.images import download
 
 # (transformer's layers, its attention, text encoder)
 CHOICES = (

@@ -18,7 +18,7 @@ import torch
 from benchmarks.benchmark import environment
 from benchmarks.videos import PHOTOS
 from cached_pipeline import load_pipeline
-from images import fit, open_image
+from pipeline.images import fit, open_image
 from pocket_model.edits import EDITS
 from pocket_model.evaluate import evaluate, psnr, summary
 

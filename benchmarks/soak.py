@@ -45,7 +45,7 @@ import torch
 from benchmarks.benchmark import ResultFile, environment
 from benchmarks.instruments import Memory
 from cached_pipeline import CachedQwenImageEditPipeline, load_pipeline
-from images import EditError, resample
+from pipeline.images import EditError, resample
 from qwen_realtime import EditParams, EditResult, EngineConfig, RealtimeEngine, Session
 
 SQUARES = 8  # on a side

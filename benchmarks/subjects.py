@@ -20,11 +20,11 @@ from diffusers import QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
 from PIL import Image
 
-import loading
 from benchmarks.instruments import Clock
 from cached_pipeline import CachedQwenImageEditPipeline
 from fast_path import attention
-from images import download
+from pipeline import loading
+from pipeline.images import download
 
 PROMPT = "make it a pencil sketch"
 NEGATIVE_PROMPT = " "

@@ -56,13 +56,13 @@ import torch
 from PIL import Image
 
 import fast_path
-import loading
 from benchmarks.benchmark import Budget, ResultFile, environment, reason_of
 from benchmarks.instruments import Memory
 from benchmarks.subjects import LeftOutError, random_pipeline
 from benchmarks.videos import SCENES, changed_share, scene, video
 from cached_pipeline import load_pipeline
-from images import EditError
+from pipeline import loading
+from pipeline.images import EditError
 from pocket_model.edits import EDITS, WORDINGS
 from qwen_realtime import LIMITS, STAGES, EditParams, EditResult, EngineConfig, RealtimeEngine, Session
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from content_cache import ContentCache
+from pipeline.content_cache import ContentCache
 
 
 class Modulations:

@@ -31,7 +31,7 @@ from fast_path.attention import EIGHT
 from fast_path.graphs import Graphs
 from fast_path.kernels import Places
 from fast_path.transformer import FusedTransformer, Sample
-from images import EditError
+from pipeline.images import EditError
 
 BUCKETS = 16  # row counts are rounded up to this fraction of all: to a number of units
 SPARE_UNITS = 2  # this many more units are computed rather than recording what is wanted

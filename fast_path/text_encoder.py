@@ -28,7 +28,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from fast_path.graphs import Graphs
 from fast_path.unsupported import UnsupportedError
-from quantized_linear import QuantizedLinear
+from quantization.layer import QuantizedLinear
 
 Grid = tuple[int, int]  # (rows, columns) of patches
 

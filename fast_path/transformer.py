@@ -28,14 +28,14 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from content_cache import ContentCache
 from fast_path import attention, kernels
 from fast_path.graphs import Graphs
 from fast_path.kernels import Places, qk_norm_rope, residual_norm_modulate
 from fast_path.modulation import Modulations
 from fast_path.unsupported import UnsupportedError
-from quantized_kernels import Quantized, residual_norm_modulate_quantize
-from quantized_linear import QuantizedLinear, QuantizedPair
+from pipeline.content_cache import ContentCache
+from quantization.kernels import Quantized, residual_norm_modulate_quantize
+from quantization.layer import QuantizedLinear, QuantizedPair
 
 
 class Sample(NamedTuple):

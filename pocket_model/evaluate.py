@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from cached_pipeline import load_pipeline
-from images import fit, open_image
+from pipeline.images import fit, open_image
 from pocket_model.edits import EDITS, split
 
 HERE = Path(__file__).parent

@@ -11,7 +11,7 @@ import triton.language as tl
 from hopper import assembled, compiled
 from triton.experimental.gluon import language as gl
 
-import quantized_kernels as kernels
+from quantization import kernels as kernels
 
 ALIGNED = ("second", "columns", "depth", "width")
 TYPES = (

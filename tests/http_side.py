@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from websockets.sync.client import connect
 
 from benchmarks.live_view import PassThrough
-from images import encode_png, open_image
+from pipeline.images import encode_png, open_image
 from server import EngineHolder, create_routes
 
 PATIENCE_S = 20  # no claim: only how long a broken server may hang before the test fails

@@ -21,7 +21,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 from benchmarks.live_view import CHROMIUM, CHROMIUM_FLAGS
-from images import fit, open_image
+from pipeline.images import fit, open_image
 from pocket_model.edits import EDITS, preset_prompts
 
 ROOT = Path(__file__).resolve().parent.parent

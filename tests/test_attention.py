@@ -14,9 +14,9 @@ from fast_path.attention import EIGHT, Scales
 from fast_path.kernels import Places, qk_norm_rope
 from fast_path.transformer import FusedTransformer, Sample
 from fp8_linear import Fp8Linear
-from images import EditError
 from int8_linear import Int8Linear
-from quantized_linear import swap_linears
+from pipeline.images import EditError
+from quantization.layer import swap_linears
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,12 +11,11 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock_
 from PIL import Image
 
 import cached_pipeline
-import loading
-import vision_language
 from cached_pipeline import load_pipeline
-from content_cache import ContentCache
-from images import EditError, Pictures, encode_png
-from sampling import noise_levels, true_cfg
+from pipeline import loading, vision_language
+from pipeline.content_cache import ContentCache
+from pipeline.images import EditError, Pictures, encode_png
+from pipeline.sampling import noise_levels, true_cfg
 
 # Stock runs the same operations in another grouping (a vision call for all pictures, a mask of ones, 3-D convolutions):
 # what differs is float32 rounding, seen up to 2e-6 on pictures in [0, 1].

@@ -7,11 +7,11 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-import settings
-import vision_language
-from denoising import References
-from images import EditError
-from sampling import CFG_MODES, predicted_clean, true_cfg, virtual_velocity
+from engine import settings
+from pipeline import vision_language
+from pipeline.denoising import References
+from pipeline.images import EditError
+from pipeline.sampling import CFG_MODES, predicted_clean, true_cfg, virtual_velocity
 
 # Other rows in the same matrix product: float32 rounding, amplified through the layers.
 TOLERANCE = 1e-4

@@ -11,7 +11,7 @@ import torch
 from stand_ins import PATIENCE_S, FakePipeline, edit, grey
 from test_engine_stream_batch import BatchingFake, stream
 
-from images import EditError
+from pipeline.images import EditError
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
 
 

@@ -7,7 +7,7 @@ import pytest
 from stand_ins import PATIENCE_S, edit, grey
 from test_engine_stream_batch import BatchingFake
 
-from images import EditError
+from pipeline.images import EditError
 from qwen_realtime import EngineConfig, RealtimeEngine
 
 ACTIONS = 600

@@ -5,7 +5,7 @@ import pytest
 import torch
 from stand_ins import PATIENCE_S, Clock, FakePipeline, edit, grey
 
-from images import EditError
+from pipeline.images import EditError
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
 
 SIZE = 64

@@ -11,7 +11,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from fast_path.graphs import Graphs
 from fast_path.text_encoder import FusedTextEncoder
-from vision_language import word_rows
+from pipeline.vision_language import word_rows
 
 # Other kernels add in another order: float32 rounding, relative to the largest value.
 ROUNDING = 1e-5

@@ -6,10 +6,10 @@ from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
 import fp8_linear
-import quantized_linear as shared
 from fp8_linear import Fp8Linear
 from int8_linear import Int8Linear, quantize_main
-from quantized_kernels import quantize_rows
+from quantization import layer as shared
+from quantization.kernels import quantize_rows
 
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 

@@ -8,8 +8,8 @@ import torch
 from stand_ins import PATIENCE_S, Clock
 from test_engine_stream_batch import BatchingFake
 
+from engine.frames import START_LEVELS, mixed_prompts, start_from, started_late, words_rows
 from fast_path import TokenCache
-from frames import START_LEVELS, mixed_prompts, start_from, started_late, words_rows
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
 
 SIZE = 128

@@ -16,7 +16,7 @@ from websockets.sync.client import connect
 
 from qwen_realtime import RealtimeEngine
 from server import EngineHolder, Guard, create_app, create_guard, create_routes, parse_args
-from startup import KEY_VARIABLE, is_loopback, warn_if_open
+from serving.startup import KEY_VARIABLE, is_loopback, warn_if_open
 
 KEY = "k3y-of-the-house"
 PATHS = ("health", "ready", "metrics", "docs", "openapi.json")

@@ -22,9 +22,9 @@ from PIL import Image, ImageSequence
 
 from benchmarks.soak import ThroughPipeline
 from qwen_realtime import EditParams, RealtimeEngine
-from routes.document import openapi
-from routes.status import resident_bytes
 from server import EngineHolder
+from serving.document import openapi
+from serving.status import resident_bytes
 
 LONGEST_S = 10.0  # for one answer; a good one takes some milliseconds
 KEPT_BYTES = 24 * 2**20  # a third and fourth pass may leave this much: the allocator's own ups and downs

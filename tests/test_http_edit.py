@@ -16,13 +16,13 @@ import torch
 from http_side import PATIENCE_S, Browser, StubPipeline, b64, grey, post, serving, wait_until
 from websockets.exceptions import ConnectionClosed
 
-import routes.edit
-import routes.live
-from images import EditError, open_image
+from pipeline.images import EditError, open_image
 from qwen_realtime import EngineConfig, RealtimeEngine
-from routes.access import Refusal, failure_kind
-from routes.edit import MAX_BODY_BYTES, negotiate, next_turn
 from server import EngineHolder
+from serving import edit as edit_module
+from serving import live as live_module
+from serving.access import Refusal, failure_kind
+from serving.edit import MAX_BODY_BYTES, negotiate, next_turn
 
 
 class NotedPipeline(StubPipeline):
@@ -179,7 +179,7 @@ def test_what_the_pipeline_finds_wrong_with_the_request_is_a_400(address):
 
 
 def test_an_error_of_the_server_itself_is_a_500_in_json_without_its_text(address, monkeypatch):
-    monkeypatch.setattr(routes.edit, "encode_png", lambda image: 1 / 0)
+    monkeypatch.setattr(edit_module, "encode_png", lambda image: 1 / 0)
     answer = post(address, body())
     assert answer.status_code == 500 and answer.json()["kind"] == "failed" and "division" not in answer.text
     monkeypatch.undo()
@@ -301,7 +301,7 @@ def test_live_views_that_wait_are_told_their_position_and_move_up_when_one_leave
 
 
 def test_one_live_view_too_many_is_told_to_try_later_and_a_silent_one_is_closed(address, monkeypatch):
-    monkeypatch.setattr(routes.live, "MAX_SOCKETS", 1)
+    monkeypatch.setattr(live_module, "MAX_SOCKETS", 1)
     with Browser(address) as first:
         first.until("status")
         with Browser(address) as second, pytest.raises(ConnectionClosed) as closed:
@@ -309,7 +309,7 @@ def test_one_live_view_too_many_is_told_to_try_later_and_a_silent_one_is_closed(
         assert closed.value.rcvd.code == 1013 and "1 live views" in closed.value.rcvd.reason
         first.params(prompt="keep")  # unharmed
     wait_until(lambda: httpx.get(f"http://{address}/health").json()["live"]["sockets"] == 0, "the socket is gone")
-    monkeypatch.setattr(routes.live, "SILENCE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(live_module, "SILENCE_TIMEOUT_S", 0.2)
     with Browser(address) as silent, pytest.raises(ConnectionClosed) as closed:
         silent.until("never")
     assert closed.value.rcvd.code == 1001 and "0.2 s" in closed.value.rcvd.reason
@@ -335,14 +335,14 @@ def test_a_length_that_is_too_large_is_refused_before_any_of_it_is_sent(address)
 
 
 def test_a_body_that_does_not_come_is_a_408_and_frees_its_place(address, monkeypatch):
-    monkeypatch.setattr(routes.edit, "BODY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(edit_module, "BODY_TIMEOUT_S", 0.2)
     assert b" 408 " in answer_to(address, HEAD + b'Content-Length: 1000\r\n\r\n{"image":')
     assert queue(address)["waiting"] == 0
 
 
 def test_requests_together_hold_a_bounded_number_of_bytes(address, stub, monkeypatch):
     asked = body(padding := "keep", negative_prompt="x" * 1900)
-    monkeypatch.setattr(routes.edit, "MAX_HELD_BYTES", 2 * grey().nbytes)
+    monkeypatch.setattr(edit_module, "MAX_HELD_BYTES", 2 * grey().nbytes)
     stub.gate.clear()
     callers = Callers(address)
     answers = [callers.post(padding, f"10.0.0.{n}") for n in range(2)]

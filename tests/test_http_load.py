@@ -11,10 +11,10 @@ import pytest
 from http_side import Browser, StubPipeline, b64, grey, post, serving, wait_until
 
 from benchmarks import load
-from images import encode_jpeg
+from pipeline.images import encode_jpeg
 from qwen_realtime import RealtimeEngine
-from routes.status import resident_bytes
 from server import EngineHolder
+from serving.status import resident_bytes
 
 FRAME_S = 0.012
 

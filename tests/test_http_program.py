@@ -11,9 +11,9 @@ import httpx
 import pytest
 from http_side import Browser, b64, grey, wait_until
 
-from images import open_image
+from pipeline.images import open_image
 from server import main
-from startup import KEY_VARIABLE
+from serving.startup import KEY_VARIABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "k3y-of-the-house"

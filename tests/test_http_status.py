@@ -14,11 +14,11 @@ import pytest
 from http_side import StubPipeline, b64, grey, post, serving
 from starlette.applications import Starlette
 
-from images import encode_jpeg, open_image
+from pipeline.images import encode_jpeg, open_image
 from qwen_realtime import CHOICES, LIMITS, EditParams, RealtimeEngine
-from routes.document import docs_page, edit_schema, openapi
-from routes.status import family, resident_bytes
 from server import EngineHolder, Guard, create_routes
+from serving.document import docs_page, edit_schema, openapi
+from serving.status import family, resident_bytes
 
 
 def get(holder: EngineHolder, path: str, **options) -> httpx.Response:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-import images
-from images import EditError, Pictures, blend, encode_jpeg, encode_png, fit, open_image, resample
+from pipeline import images
+from pipeline.images import EditError, Pictures, blend, encode_jpeg, encode_png, fit, open_image, resample
 
 
 def saved(image: Image.Image, file_format: str, **options) -> bytes:

@@ -12,15 +12,15 @@ from skimage import data
 from torch import nn
 
 import int8_linear
-import quantized_kernels as kernels
-import quantized_linear as shared
 from cached_pipeline import load_pipeline
 from fp8_linear import Fp8Linear
-from images import fit
 from int8_linear import Int8Linear, rotate_down_projections, swap_linears
+from pipeline.images import fit
 from pocket_model.edits import EDITS, split
 from pocket_model.evaluate import edit_picture, psnr, tensor
-from quantized_kernels import Quantized
+from quantization import kernels as kernels
+from quantization import layer as shared
+from quantization.kernels import Quantized
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "pocket_model" / "weights"

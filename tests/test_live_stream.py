@@ -27,10 +27,10 @@ from benchmarks.live_view import (
     serving,
     write_film,
 )
-from images import encode_png
+from pipeline.images import encode_png
 from qwen_realtime import EditParams, EditResult, EngineConfig, RealtimeEngine
-from routes.live import Beat
 from server import EngineHolder
+from serving.live import Beat
 from webui.work import save_png, settings_inside
 
 pytest_plugins = ["page"]

@@ -7,9 +7,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 
-import loading
 from cached_pipeline import CachedQwenImageEditPipeline, load_pipeline
-from images import EditError
+from pipeline import loading
+from pipeline.images import EditError
 
 LORA_LINEARS = (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",

@@ -6,9 +6,9 @@ import random
 import pytest
 from stand_ins import Clock, FakePipeline, edit, grey, serve
 
-from pace import HOLD_S, Cost, Costs, Pace, Plan, estimate, interval_ms, pick, plan_of, plans
+from engine.pace import HOLD_S, Cost, Costs, Pace, Plan, estimate, interval_ms, pick, plan_of, plans
+from engine.settings import EditParams
 from qwen_realtime import RealtimeEngine
-from settings import EditParams
 
 ASKED = Plan(4, 512, 512, False, "off")
 FPS = EditParams("sepia", steps=4, target_fps=20.0)

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, Q
 from skimage import data
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from images import fit
+from pipeline.images import fit
 from pocket_model.build import template_prefix
 from pocket_model.edits import EDITS, split
 from pocket_model.evaluate import BAR_NEAREST, BAR_PSNR_DB, BAR_VAE_DB, edit_picture, psnr, reconstruct, tensor

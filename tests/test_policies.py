@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from policies import (
+from engine.policies import (
     HOLDER_IDLE_S,
     beside,
     changed_tokens,

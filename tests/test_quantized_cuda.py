@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import quantized_kernels as kernels
-import quantized_linear as shared
 from fast_path.graphs import Graphs
 from fast_path.kernels import residual_norm_modulate
 from fp8_linear import Fp8Linear
 from int8_linear import Int8Linear
-from quantized_kernels import Quantized
+from quantization import kernels as kernels
+from quantization import layer as shared
+from quantization.kernels import Quantized
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or kernels.triton is None, reason="needs a CUDA GPU and Triton"

@@ -10,14 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import int8_linear
-import loading
-import quantized_linear as shared
 from cached_pipeline import load_pipeline
 from fast_path import modulation
 from fast_path.modulation import Modulations
 from fast_path.transformer import FusedTransformer
 from int8_linear import Int8Linear
-from vision_language import word_rows
+from pipeline import loading
+from pipeline.vision_language import word_rows
+from quantization import layer as shared
 
 META = torch.device("meta")
 CHUNK = 2**13  # numbers quantised at a time: as small beside the pocket model as the real one beside the real model

@@ -7,12 +7,12 @@ from test_int8_linear import KINDS, same_weights, sqnr_db
 from test_loading import write_lora
 
 import int8_linear
-import loading
 from cached_pipeline import load_pipeline
 from fast_path.transformer import FusedTransformer
-from images import EditError
 from int8_linear import Int8Linear
-from quantized_linear import default_filter, swap_linears
+from pipeline import loading
+from pipeline.images import EditError
+from quantization.layer import default_filter, swap_linears
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from stand_ins import PATIENCE_S, Clock, FakePipeline, edit, grey, serve
 
-from images import EditError
+from pipeline.images import EditError
 from qwen_realtime import (
     STAGES,
     EditParams,

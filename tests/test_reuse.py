@@ -12,7 +12,7 @@ from fast_path import TokenCache
 from fast_path.graphs import Graphs, _kind
 from fast_path.reuse import AHEAD_EVERY, next_to_record, served_by
 from fast_path.transformer import FusedTransformer, Sample
-from images import EditError
+from pipeline.images import EditError
 
 LAYOUT = ((1, 8, 8), (1, 8, 8))
 TIMES = (1000.0, 750.0)

@@ -17,7 +17,7 @@ from PIL import Image
 from starlette.applications import Starlette
 from websockets.sync.client import connect
 
-from images import EditError, encode_png, open_image
+from pipeline.images import EditError, encode_png, open_image
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
 from server import MAX_BODY_BYTES, EngineHolder, create_routes, output_size, parse_edit, plain, read_json
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from stand_ins import edit, grey
 
-from images import EditError
+from pipeline.images import EditError
 from qwen_realtime import LIMITS, EditParams, EngineConfig, prepare_pictures
 
 # Settings

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import loading
 from benchmarks import soak, techniques, videos
 from benchmarks.tables import technique_tables, write_tables
 from benchmarks.techniques import TECHNIQUES, WARMUP, Technique, differences, main, psnr_db, right_answer
 from cached_pipeline import load_pipeline
-from images import EditError
-from policies import changed_tokens
+from engine.policies import changed_tokens
+from pipeline import loading
+from pipeline.images import EditError
 from qwen_realtime import EditParams, EditResult, EngineConfig, RealtimeEngine
 
 ROW_KEYS = set(

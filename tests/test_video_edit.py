@@ -11,7 +11,7 @@ import pytest
 from page import PATIENCE_S, UNNAMED, answer, assert_edited, held_out, psnr
 from playwright.sync_api import expect
 
-from images import EditError, fit
+from pipeline.images import EditError, fit
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
 from webui import video_edit
 from webui.video import editor, steadiness

@@ -19,10 +19,10 @@ from page import CUT, PRESETS, UNNAMED, answer, assert_edited, held_out, pixels,
 from PIL import Image
 from playwright.sync_api import Page, expect
 
-from images import blend, encode_png, fit, open_image
+from pipeline.images import blend, encode_png, fit, open_image
 from qwen_realtime import EditParams, EditResult
 from server import EngineHolder, output_size
-from startup import REAL_LORA, REAL_MODEL, choose_model
+from serving.startup import REAL_LORA, REAL_MODEL, choose_model
 from webui.collage import collage
 from webui.controls import edit_params
 from webui.parts import preset_chips
@@ -105,8 +105,8 @@ def test_when_the_automatic_choice_cannot_be_loaded_the_pocket_model_runs_and_th
             raise torch.OutOfMemoryError("no room")
         return StubPipeline()
 
-    monkeypatch.setattr("startup.probe_gpu_gb", lambda device: 139.0)
-    monkeypatch.setattr("startup.probe_hub", lambda model: (True, False))
+    monkeypatch.setattr("serving.startup.probe_gpu_gb", lambda device: 139.0)
+    monkeypatch.setattr("serving.startup.probe_hub", lambda model: (True, False))
     monkeypatch.setattr("cached_pipeline.load_pipeline", load_pipeline)
     holder = EngineHolder()
     load_engine(holder, options())

@@ -18,7 +18,7 @@ from gradio_client import Client, exceptions, handle_file
 from http_side import StubPipeline
 from page import PATIENCE_S, PRESETS, Program, assert_edited, held_out
 
-from images import blend, encode_png, fit, open_image
+from pipeline.images import blend, encode_png, fit, open_image
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
 from server import EngineHolder
 from webui.api import mcp_missing

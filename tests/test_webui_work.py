@@ -12,10 +12,10 @@ import pytest
 from http_side import StubPipeline, serving
 from PIL import Image
 
-from images import EditError, encode_png
+from pipeline.images import EditError, encode_png
 from qwen_realtime import EditParams, EditResult, EngineConfig, RealtimeEngine
 from server import EngineHolder
-from startup import load_engine
+from serving.startup import load_engine
 from webui.collage import collage
 from webui.controls import SIZES, control_values, edit_params
 from webui.work import Job, Jobs, Stopped, read_picture, run_edit, save_png, settings_inside, wait_for_engine

@@ -11,10 +11,10 @@ refuses that for every event.
 
 import gradio as gr
 
-from images import EditError
+from pipeline.images import EditError
 from qwen_realtime import CHOICES, EditParams
-from routes.access import plain
 from server import EngineHolder, fitted, output_size
+from serving.access import plain
 from webui.collage import LIMITS as PLACES
 from webui.composite import flatten
 from webui.parts import EDITS_AT_A_TIME, take_file

@@ -6,7 +6,7 @@ The page draws the same thing while its controls move (`collage.js`); what is ed
 import numpy as np
 from PIL import Image
 
-from images import EditError
+from pipeline.images import EditError
 
 MOST_SIDE = 2048  # of what is computed: no result is larger
 LIMITS = {"across": (0.0, 1.0), "down": (0.0, 1.0), "scale": (0.05, 2.0), "opacity": (0.0, 1.0)}

@@ -8,7 +8,7 @@ then runs one edit at a time and afterwards the newest position, so nothing queu
 import gradio as gr
 import numpy as np
 
-from images import EditError
+from pipeline.images import EditError
 from qwen_realtime import LIMITS, EditParams
 from server import EngineHolder, fitted
 from webui.collage import LIMITS as PLACES

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from images import EditError, encode_png
+from pipeline.images import EditError, encode_png
 from pocket_model.edits import EDITS, preset_prompts
 from qwen_realtime import EditParams
 from webui.controls import Settings, control_values

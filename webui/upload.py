@@ -5,7 +5,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from images import EditError, encode_png
+from pipeline.images import EditError, encode_png
 from server import EngineHolder, fitted
 from webui.controls import Settings, edit_params
 from webui.parts import (

@@ -4,7 +4,7 @@ import time
 
 import gradio as gr
 
-from images import EditError
+from pipeline.images import EditError
 from qwen_realtime import LIMITS, EditParams
 from server import EngineHolder, fitted
 from webui.controls import Settings, edit_params

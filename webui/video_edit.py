@@ -18,7 +18,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from images import EditError
+from pipeline.images import EditError
 
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,ogg,flv,asf"
 IN_MP4 = ("aac", "mp3", "ac3", "eac3", "opus", "flac", "alac")  # sound that MP4 carries; any other goes into Matroska

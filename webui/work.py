@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from images import EditError, encode_png, open_image
+from pipeline.images import EditError, encode_png, open_image
 from qwen_realtime import EditParams, EditResult, RealtimeEngine
 from server import EngineHolder
 from webui.zero import ZeroEngine

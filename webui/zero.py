@@ -9,7 +9,7 @@ frame: the live view, videos, POST /edit and the steps' progress are left out, a
 
 import os
 
-from images import EditError
+from pipeline.images import EditError
 from qwen_realtime import EditParams, EditResult, EngineConfig, EngineStats, RealtimeEngine
 
 CALL_S = 60  # what a call may take; people have a daily share of seconds, so it is no more than an edit needs

@@ -1,4 +1,4 @@
-"""The live view's part of the page: its own markup and script over the socket of `routes/live.py`, because Gradio's own
+"""The live view's part of the page: its own markup and script over the socket of `serving/live.py`, because Gradio's own
 streaming shows fewer frames, later. What the script does where is said at the top of `elements.js`.
 """
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from images import EditError
+from pipeline.images import EditError
 from qwen_realtime import LIMITS, EditParams
 from webui.controls import Settings, control_values
 from webui.parts import toast

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from images import EditError
+from pipeline.images import EditError
 
 LIMITS: dict[str, tuple[float, float]] = {  # both ends allowed
     "steps": (1, 8),

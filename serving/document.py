@@ -16,8 +16,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from qwen_realtime import CHOICES, LIMITS, MAX_PROMPT_CHARS, SIZE_MULTIPLE, EditParams
-from routes.access import FAILURES, KINDS
-from routes.edit import FORMATS, MAX_BODY_BYTES
+from serving.access import FAILURES, KINDS
+from serving.edit import FORMATS, MAX_BODY_BYTES
 
 MEANINGS = {  # of the EditParams
     "prompt": "What to change, in words.",

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from images import EditError
+from pipeline.images import EditError
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
-from routes.access import LOOPBACK_NAMES
-from routes.holder import EngineHolder
+from serving.access import LOOPBACK_NAMES
+from serving.holder import EngineHolder
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from settings import LIMITS, SIZE_MULTIPLE, EditParams
+from engine.settings import LIMITS, SIZE_MULTIPLE, EditParams
 
 SCALES = (1.0, 0.75, 0.5)  # of the size that was asked for
 KEPT_FRAMES = 9  # a cost is the median over so many

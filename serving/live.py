@@ -33,10 +33,10 @@ from statistics import median
 import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from images import EditError, encode_jpeg, fit
+from pipeline.images import EditError, encode_jpeg, fit
 from qwen_realtime import EditParams
-from routes.access import failure_kind, open_sent, plain, read_json
-from routes.holder import EngineHolder
+from serving.access import failure_kind, open_sent, plain, read_json
+from serving.holder import EngineHolder
 
 MAX_FRAME_BYTES = 4 * 2**20  # one live frame; a 1024x1024 JPEG has about 0.3 MB
 MAX_FRAME_PIXELS = 2048 * 2048

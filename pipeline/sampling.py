@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
 
-from images import EditError
+from pipeline.images import EditError
 
 CFG_MODES = ("full", "none", "batched", "self_negative", "onetime_negative")
 

@@ -26,7 +26,7 @@ import numpy as np
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 
-from images import MAX_PIXELS, EditError, open_image
+from pipeline.images import MAX_PIXELS, EditError, open_image
 
 log = logging.getLogger(__name__)
 

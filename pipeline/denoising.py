@@ -32,10 +32,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-import vision_language
 from fast_path.transformer import Sample
-from images import EditError
-from sampling import CFG_MODES, Schedule, euler_step, predicted_clean, true_cfg, virtual_velocity
+from pipeline import vision_language
+from pipeline.images import EditError
+from pipeline.sampling import CFG_MODES, Schedule, euler_step, predicted_clean, true_cfg, virtual_velocity
 
 MAX_CFG_DELTA = 2.0
 

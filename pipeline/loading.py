@@ -18,11 +18,11 @@ from safetensors import safe_open
 from transformers import Qwen2VLProcessor
 
 from fp8_linear import Fp8Linear
-from images import EditError
 from int8_linear import Int8Linear
-from quantized_linear import QuantizedLinear, Swapped, is_quantized, load_quantized, move_quantized, swap_linears
+from pipeline.images import EditError
+from quantization.layer import QuantizedLinear, Swapped, is_quantized, load_quantized, move_quantized, swap_linears
 
-POCKET_FOLDER = Path(__file__).resolve().parent / "pocket_model" / "weights"
+POCKET_FOLDER = Path(__file__).resolve().parent.parent / "pocket_model" / "weights"
 
 # Sigmas 1 -> [1, 0], 2 -> [1, .75, 0], 4 -> [1, .9, .75, .5, 0] at any size (github.com/ModelTC/Qwen-Image-Lightning).
 LIGHTNING_SCHEDULER = {

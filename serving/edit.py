@@ -25,10 +25,10 @@ import numpy as np
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from images import EditError, encode_jpeg, encode_png, fit
+from pipeline.images import EditError, encode_jpeg, encode_png, fit
 from qwen_realtime import LIMITS, SIZE_MULTIPLE, EditParams
-from routes.access import Refusal, open_sent, plain, read_json
-from routes.holder import EngineHolder
+from serving.access import Refusal, open_sent, plain, read_json
+from serving.holder import EngineHolder
 
 MAX_BODY_BYTES = 64 * 2**20  # two photographs in base64
 MAX_HELD_BYTES = 512 * 2**20  # bodies and opened pictures of all requests together

@@ -12,7 +12,7 @@ import functools
 import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from images import EditError, named, resample
+from pipeline.images import EditError, named, resample
 
 Grid = tuple[int, int]  # (rows, columns)
 

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from routes.access import plain
-from routes.edit import EditQueue
-from routes.holder import EngineHolder
-from routes.live import LiveRoom
+from serving.access import plain
+from serving.edit import EditQueue
+from serving.holder import EngineHolder
+from serving.live import LiveRoom
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "image_editor"

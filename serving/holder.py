@@ -5,7 +5,7 @@ The routes answer from the first second, the model follows: so they hold an `Eng
 
 import threading
 
-from routes.access import plain
+from serving.access import plain
 
 
 class EngineHolder:

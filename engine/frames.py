@@ -25,10 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from content_cache import ContentCache
-from images import EditError, blend, fit
-from pace import Plan, plan_of
-from policies import (
+from engine.pace import Plan, plan_of
+from engine.policies import (
     MOTION_WINDOW,
     TOKEN,
     beside,
@@ -42,8 +40,10 @@ from policies import (
     still_tokens,
     thumbnail,
 )
-from sampling import Schedule
-from settings import EditParams
+from engine.settings import EditParams
+from pipeline.content_cache import ContentCache
+from pipeline.images import EditError, blend, fit
+from pipeline.sampling import Schedule
 
 logger = logging.getLogger(__name__)
 
