@@ -2,7 +2,7 @@
 
     python -m benchmarks.benchmark --weights random --suite goals --seconds 540 --out benchmarks/results/h200.json
     python -m benchmarks.benchmark --weights pocket --sizes 256 --steps 1 2 --runs 5 --out benchmarks/results/cpu.json
-    python -m benchmarks.benchmark --tables           # the README's tables, from the files in benchmarks/results
+    python -m benchmarks.benchmark --tables [--check] # the documents' tables, from the files in benchmarks/results
 
 Weights are the pocket model, `random` (full size, built on the GPU: 62 GB), or a model's folder or id. Subjects:
 `stock` is `QwenImageEditPlusPipeline.__call__` on the same modules, `stock-compiled` the same with regional compile,
@@ -409,7 +409,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--commit", help="where the code runs without its git history")
     parser.add_argument("--out", type=Path, help="result file to write")
-    parser.add_argument("--tables", action="store_true", help="only rewrite the README's tables from the result files")
+    parser.add_argument("--tables", action="store_true", help="only rewrite the documents' tables from the result files")
+    parser.add_argument("--check", action="store_true", help="with --tables: only say whether they are what the files say")
     args = parser.parse_args(argv)
     for name in ("runs", "warmup"):
         if getattr(args, name) < 1:
@@ -425,7 +426,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.tables:
-        write_tables()
+        write_tables(check=args.check)
         return 0
     result = run(args)
     short = {"out": str(args.out), "rows": len(result.data["rows"]), "left_out": result.data["left_out"]}

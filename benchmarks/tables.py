@@ -1,6 +1,6 @@
-"""The README's tables from the result files, so that no figure is ever typed by hand.
+"""The documents' tables from the result files, so that no figure is ever typed by hand.
 
-Each file of `benchmark` is a table. The others say by their `kind` what they are: those of `techniques` and `soak` make
+`benchmarks/README.md` has all of them, the README the few that a person asks for first. Each file of `benchmark` is a table. The others say by their `kind` what they are: those of `techniques` and `soak` make
 one section together, those of `memory`, `linear` and the accuracy of quantised models (`quality`) another.
 
 A column whose value is the same in a whole file moves to the line above the table; one that the file lacks is left
@@ -35,24 +35,40 @@ def quantized_tables(folder: Path = RESULTS) -> str:
     return "\n\n".join(show(path, result) for kind, show in kinds for path, result in _files(folder, kind))
 
 
-SECTIONS: dict[str, Callable[[Path], str]] = {
-    "benchmarks": tables,
-    "quantized": quantized_tables,
-    "techniques": technique_tables,
+def figures(folder: Path = RESULTS) -> str:
+    """Markdown of the README's few figures, each with the file that it comes from. A file that is missing is left away."""
+    lines = [line for show in _FIRST_FIGURES for line in show(folder)]
+    return _markdown(dict(zip(("what", "time or rate", "to compare", "from"), map(list, zip(*lines)), strict=True))) if lines else ""
+
+
+# A document's sections: each stands between its markers and is written by its function.
+DOCUMENTS: dict[Path, dict[str, Callable[[Path], str]]] = {
+    ROOT / "README.md": {"figures": figures},
+    ROOT / "benchmarks" / "README.md": {
+        "benchmarks": tables,
+        "quantized": quantized_tables,
+        "techniques": technique_tables,
+    },
 }
 
 
-def write_tables(readme: Path = ROOT / "README.md", folder: Path = RESULTS) -> None:
-    """Puts each section between its markers in the README. ValueError when there are files for one without markers."""
-    text = readme.read_text()
-    for name, section in SECTIONS.items():
-        begin, end, new = f"<!-- {name}: begin -->", f"<!-- {name}: end -->", section(folder)
-        if begin in text and end in text:
-            head, rest = text.split(begin)
-            text = f"{head}{begin}\n{new}\n{end}{rest.split(end)[1]}"
-        elif new:
-            raise ValueError(f"{readme} has no place for results: the lines {begin} and {end}")
-    readme.write_text(text)
+def write_tables(documents=None, folder: Path = RESULTS, *, check: bool = False) -> None:
+    """Puts each section between its markers. ValueError when there are files for one without markers; with `check`
+    nothing is written, and a document that would change is a ValueError: an edited table, or one older than its file.
+    """
+    for path, sections in (DOCUMENTS if documents is None else documents).items():
+        text = before = path.read_text()
+        for name, section in sections.items():
+            begin, end, new = f"<!-- {name}: begin -->", f"<!-- {name}: end -->", section(folder)
+            if begin in text and end in text:
+                head, rest = text.split(begin)
+                text = f"{head}{begin}\n{new}\n{end}{rest.split(end)[1]}"
+            elif new:
+                raise ValueError(f"{path} has no place for results: the lines {begin} and {end}")
+        if check and text != before:
+            raise ValueError(f"{path} does not show what the result files say: python -m benchmarks.benchmark --tables")
+        if not check:
+            path.write_text(text)
 
 
 def kind_of(result: dict) -> str | None:
@@ -346,3 +362,74 @@ _TECHNIQUE_FIGURES = (_LOSS, _FLICKER, ("skipped", "skip_rate", lambda value: f"
 _TECHNIQUE_SPEEDS = (_FPS, _P50, _P95)
 _SHARE_FIGURES = (_LOSS, _FLICKER)
 _SHARE_SPEEDS = (_COMPUTED, _FPS, _P50, _P95)
+
+
+def _rows(folder: Path, name: str) -> tuple[str, dict, list[dict]]:
+    """(where it lies, the file, its rows); nothing where there is no such file."""
+    path = folder / f"{name}.json"
+    result = json.loads(path.read_text()) if path.is_file() else {}
+    return _where(path), result, result.get("rows", [])
+
+
+def _find(rows: list[dict], **asked) -> dict | None:
+    return next((row for row in rows if all(row.get(key) == value for key, value in asked.items())), None)
+
+
+def _goals(folder: Path) -> list[tuple[str, ...]]:
+    where, result, rows = _rows(folder, "h200-goals")
+    lines = []
+    for side in (256, 512, 1024):
+        fast, stock = (_find(rows, subject=s, width=side, steps=2, vlm=v) for s, v in (("fast", "cached"), ("stock", "fresh")))
+        if fast and stock:
+            what = f"{side}x{side}, 2 steps, bf16, {result['device']}"
+            lines.append((what, f"{_number(fast['median_ms'])} ms", f"stock {_number(stock['median_ms'])} ms", where))
+    return lines
+
+
+def _eight_bit(folder: Path) -> list[tuple[str, ...]]:
+    where, result, rows = _rows(folder, "h200-quantized")
+    found = [_find(rows, subject=s, width=512, steps=2) for s in ("fast-fp8-attention", "fast")]
+    if not all(found):
+        return []
+    what = f"512x512, 2 steps, FP8 layers and attention, {result['device']}"
+    return [(what, f"{_number(found[0]['median_ms'])} ms", f"bf16 {_number(found[1]['median_ms'])} ms", where)]
+
+
+def _stream(folder: Path) -> list[tuple[str, ...]]:
+    where, result, rows = _rows(folder, "techniques-h200-fp8")
+    found = [_find(rows, technique=t, video="30% changed") for t in ("for 30 frames/s: reuse over frames, VLM once", "plain")]
+    if not all(found):
+        return []
+    what = f"512x512 stream, 30 % of the picture changes, tokens reused, {result['device']}"
+    return [(what, f"{found[0]['fps']:.1f} frames/s", f"without reuse {found[1]['fps']:.1f}", where)]
+
+
+def _small_card(folder: Path) -> list[tuple[str, ...]]:
+    where, _, rows = _rows(folder, "h200-memory-24gb")
+    row = _find(rows, quantize="int8")
+    if row is None:
+        return []
+    peak = row["512"]["running"]["used_gb"]
+    what = f"512x512, 2 steps, INT8, on a GPU limited to {row['card_gb']:g} GB"
+    return [(what, f"{_number(row['512']['vlm_cached_ms'])} ms", f"takes {_number(peak)} GB", where)]
+
+
+def _live(folder: Path) -> list[tuple[str, ...]]:
+    where, _, rows = _rows(folder, "live-view")
+    row = _find(rows, case="slow-model")
+    if row is None:
+        return []
+    what = f"live view with a model of {row['delay_ms']} ms: camera to screen"
+    return [(what, f"{row['latency_p50_ms']:.0f} ms", f"95 %: {row['latency_p95_ms']:.0f} ms", where)]
+
+
+def _pocket(folder: Path) -> list[tuple[str, ...]]:
+    where, result, rows = _rows(folder, "pocket-cpu")
+    fast, stock = (_find(rows, subject=s, steps=2, vlm=v) for s, v in (("fast", "cached"), ("stock", "fresh")))
+    if not (fast and stock):
+        return []
+    what = f"256x256, 2 steps, the embedded model, {result['device']}"
+    return [(what, f"{_number(fast['median_ms'])} ms", f"stock {_number(stock['median_ms'])} ms", where)]
+
+
+_FIRST_FIGURES = (_goals, _eight_bit, _stream, _small_card, _live, _pocket)

@@ -1,6 +1,7 @@
 """The benchmark program: what it writes is whole, right for known numbers, and says what it left out."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -16,7 +17,7 @@ from benchmarks import benchmark, probes, subjects
 from benchmarks.benchmark import MIN_RUNS, SUITES, ResultFile, Trial, main, measure, plan, products
 from benchmarks.instruments import Clock, Memory, ceiling_tflops, denoise_flop, pictures
 from benchmarks.subjects import NEGATIVE_PROMPT, PROMPT, Case, LeftOutError, Models, Ours, Stock, as_run
-from benchmarks.tables import kind_of, quantized_tables, tables, technique_tables, write_tables
+from benchmarks.tables import DOCUMENTS, figures, kind_of, quantized_tables, tables, technique_tables, write_tables
 from cached_pipeline import load_pipeline
 
 ROW_KEYS = set(
@@ -277,11 +278,34 @@ def test_tables_show_a_known_file_as_it_is(tmp_path):
     assert lines[-1] == "Not measured: torchao (torchao is not installed)."
 
 
+SECTIONS = DOCUMENTS[benchmark.ROOT / "benchmarks" / "README.md"]
+
+
+def test_an_edited_table_and_a_stale_one_fail_the_check(tmp_path):
+    known_file(tmp_path)
+    document = tmp_path / "README.md"
+    document.write_text("<!-- benchmarks: begin -->\n<!-- benchmarks: end -->\n")
+    with pytest.raises(ValueError, match="does not show"):
+        write_tables({document: SECTIONS}, tmp_path, check=True)
+    assert "GPU X" not in document.read_text(), "a check writes nothing"
+    write_tables({document: SECTIONS}, tmp_path)
+    write_tables({document: SECTIONS}, tmp_path, check=True)
+    document.write_text(document.read_text().replace("6.0x", "9.0x"))
+    with pytest.raises(ValueError, match="does not show"):
+        write_tables({document: SECTIONS}, tmp_path, check=True)
+
+
+def test_the_documents_show_what_the_result_files_say():
+    write_tables(check=True)
+    rows = figures().splitlines()[2:]
+    assert len(rows) == 8 and all(re.search(r"`benchmarks/results/[\w-]+\.json`", row) for row in rows)
+
+
 def test_only_what_is_between_the_markers_of_the_readme_changes(tmp_path):
     known_file(tmp_path)
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- benchmarks: begin -->\nold\n<!-- benchmarks: end -->\nafter\n")
-    write_tables(readme, tmp_path)
+    write_tables({readme: SECTIONS}, tmp_path)
     text = readme.read_text()
     assert text.startswith("before\n<!-- benchmarks: begin -->\n**GPU X**") and "old" not in text
     assert text.endswith("|\n<!-- benchmarks: end -->\nafter\n")

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import soak, techniques, videos
-from benchmarks.tables import technique_tables, write_tables
+from benchmarks.tables import quantized_tables, tables, technique_tables, write_tables
 from benchmarks.techniques import TECHNIQUES, WARMUP, Technique, differences, main, psnr_db, right_answer
 from cached_pipeline import load_pipeline
 from engine.policies import changed_tokens
@@ -265,19 +265,22 @@ def test_the_table_of_known_files_has_a_row_for_each_technique_and_the_machines_
     )
 
 
+SECTIONS = {"benchmarks": tables, "quantized": quantized_tables, "techniques": technique_tables}
+
+
 def test_both_sections_are_written_and_a_readme_without_a_place_for_results_is_an_error(tmp_path):
     known_files(tmp_path)
     readme = tmp_path / "README.md"
     first, second = (f"<!-- {name}: begin -->\nold\n<!-- {name}: end -->\n" for name in ("benchmarks", "techniques"))
     readme.write_text(f"a\n{first}b\n{second}c\n")
-    write_tables(readme, tmp_path)
+    write_tables({readme: SECTIONS}, tmp_path)
     text = readme.read_text()
     assert text.startswith("a\n<!-- benchmarks: begin -->\n\n<!-- benchmarks: end -->\nb\n")
     assert "b\n<!-- techniques: begin -->\n(1) **CPU X**" in text
     assert text.endswith("nothing crossed.\n<!-- techniques: end -->\nc\n") and "old" not in text
     readme.write_text(first)
     with pytest.raises(ValueError, match="no place for results"):
-        write_tables(readme, tmp_path)
+        write_tables({readme: SECTIONS}, tmp_path)
 
 
 # The soak -------------------------------------------------------------------------------------------------------------
