@@ -27,7 +27,6 @@ Single-threaded, like the modules it drives; only `cache_summary` may be called 
 import time
 from collections.abc import Callable
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,17 +38,22 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 import fast_path
-from pipeline import denoising, loading, vision_language
+from fp8_linear import Fp8Linear
+from int8_linear import Int8Linear
+from pipeline import denoising, folder, placement, vision_language
 from pipeline.content_cache import ContentCache
 from pipeline.denoising import References
 from pipeline.images import EditError, Pictures, download, named, resample
+from pipeline.lora import Origin, replace_lora
 from pipeline.sampling import Schedule, is_lightning, noise_levels
+from quantization.layer import QuantizedLinear
 
 MAX_REFERENCES = 3
 MAX_SIDE = 4096
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent", "uint8")
+QUANTIZATIONS = {kind.kind: kind for kind in (Int8Linear, Fp8Linear)}
 
 
 class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
@@ -78,7 +82,7 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
         self._guidance_scale = self._attention_kwargs = self._current_timestep = None
         self._interrupt = False
         self._num_timesteps = 0
-        self._origin = {"model": None, "folder": None, "lora": None, "lora_weight": None, "lora_layers": []}
+        self._origin = Origin()
 
     # Step 1 -----------------------------------------------------------------------------------------------------------
 
@@ -483,20 +487,23 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
         """Another LoRA in place of the one that is fused, or another weight of it, or none (None). Returns seconds.
 
         The result is that of a fresh start, bit for bit: the layers are read from the model's folder again before the
-        LoRA is fused. They stay where they are in memory, so nothing is recorded or compiled anew. A Lightning LoRA
-        brings its schedule, any other leaves the model its own. Raises EditError; then the former LoRA is in place.
+        LoRA is fused. They stay where they are in memory, so nothing is recorded or compiled again. A Lightning LoRA
+        brings its schedule, any other leaves the model its own. Raises EditError; then the former LoRA is in place,
+        untouched.
         """
-        began = time.perf_counter()
-        before = self._origin["lora"], self._origin["lora_weight"]
-        changed = set(self._origin["lora_layers"])
+        began, origin = time.perf_counter(), self._origin
+        former, touched = (origin.lora, origin.lora_weight), set(origin.lora_layers)
         try:
-            loading.replace_lora(self, self._origin, lora, weight)
+            replace_lora(self, origin, lora, weight)
         except EditError:
-            loading.replace_lora(self, self._origin, *before)
+            raise  # before anything was changed
+        except Exception:  # memory ran out in the middle
+            touched |= set(origin.lora_layers)
+            replace_lora(self, origin, *former)
             raise
         finally:
             if self.fused_transformer is not None:
-                self.fused_transformer.weights_changed(changed | set(self._origin["lora_layers"]))
+                self.fused_transformer.weights_changed(touched | set(origin.lora_layers))
         return time.perf_counter() - began
 
     def to(self, *args, **kwargs):
@@ -511,19 +518,19 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
     @property
     def default_size(self) -> int:
         """The side in pixels at which the model is live: 256 for the pocket model, 512 for the real one."""
-        return 256 if loading.edition(self.transformer) == "pocket" else 512
+        return 256 if folder.edition(self.transformer) == "pocket" else 512
 
     @property
     def description(self) -> dict[str, Any]:
         """What runs here, for the log, the page and /health."""
         modules = [m for m in self.components.values() if isinstance(m, torch.nn.Module)]
         return {
-            "model": self._origin["model"],
-            "lora": self._origin["lora"],
-            "lora_weight": self._origin["lora_weight"],
+            "model": self._origin.model,
+            "lora": self._origin.lora,
+            "lora_weight": self._origin.lora_weight,
             "scheduler": "lightning" if is_lightning(self.scheduler) else "base",
             "dtype": str(_dtype(self.transformer)).removeprefix("torch."),
-            "quantized": loading.quantization(self.transformer),
+            "quantized": placement.quantization(self.transformer),
             "attention_quantized": None if self.attention_quantize == "none" else self.attention_quantize,
             "device": str(self._execution_device),
             "parameters": sum(p.numel() for m in modules for p in m.parameters()),
@@ -577,7 +584,7 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
         if "processor" not in kwargs:
             names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
             options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-            kwargs["processor"] = loading.picture_processor(pretrained_model_name_or_path, **options)
+            kwargs["processor"] = folder.picture_processor(pretrained_model_name_or_path, **options)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
 
@@ -601,31 +608,39 @@ def load_pipeline(
     `attention_quantize`: None, "none" or "fp8", of the fast path's attention. `dtype`: bfloat16 on CUDA, float32 elsewhere if None. `progress(text, fraction)` hears what is done. Raises EditError.
     """
     tell = progress or (lambda text, fraction: None)
-    device = loading.usable_device(device)
+    device = placement.usable_device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    kinds = {"transformer": quantization_kind(quantize), "text_encoder": quantization_kind(text_encoder_quantize)}
+
+    def download() -> str:
+        tell(f"Downloading {model}, unless it is here already", 0.0)
+        return CachedQwenImageEditPipeline.download(model)
+
+    source = folder.model_folder(model, download)
+    tell(f"Reading the model {model}", 0.2)
     try:
-        folder = loading.POCKET_FOLDER if model == "pocket" else Path(model).expanduser()
-        if not folder.is_dir():
-            tell(f"Downloading {model}, unless it is here already", 0.0)
-            folder = CachedQwenImageEditPipeline.download(model)
-        elif not (folder / "model_index.json").is_file():
-            raise ValueError(f"the folder {folder} has no model_index.json")
-        tell(f"Reading the model {model}", 0.2)
-        parts = loading.quantized_transformer(Path(folder), quantize, lora, dtype)
-        pipe = CachedQwenImageEditPipeline.from_pretrained(str(folder), dtype=dtype, **parts)
-    except (OSError, ValueError) as error:
-        if isinstance(error, EditError):
-            raise
-        raise EditError(
-            f'The model "{model}" cannot be loaded: {error}\n'
-            'Allowed: "pocket", a diffusers folder with a model_index.json, or a hub id such as '
-            '"Qwen/Qwen-Image-Edit-2509" (needs the network once).'
-        ) from error
+        parts = placement.quantized_transformer(source, QUANTIZATIONS, kinds["transformer"], lora, dtype)
+        pipe = CachedQwenImageEditPipeline.from_pretrained(str(source), dtype=dtype, **parts)
+    except EditError:
+        raise
+    except Exception as error:  # of diffusers, transformers, safetensors, json: each for its own files
+        raise folder.reading_failed(model, error) from error
     pipe.set_progress_bar_config(disable=True)
-    pipe._origin |= {"model": model, "folder": Path(folder)}
+    pipe._origin = Origin(model, source)
     pipe.attention_quantize = fast_path.attention_kind(pipe.transformer, attention_quantize, device)
-    loading.finish(pipe, device, (lora, lora_weight), None if parts else quantize, text_encoder_quantize, tell)
+    if parts:
+        kinds["transformer"] = None
+    placement.finish(pipe, device, (lora, lora_weight), kinds, tell)
     return pipe
+
+
+def quantization_kind(name: str | None) -> type[QuantizedLinear] | None:
+    """The kind of 8-bit layers that `name` means, None for None and "none". Raises EditError."""
+    if name in (None, "none"):
+        return None
+    if name not in QUANTIZATIONS:
+        raise EditError(f'The quantisation is "{name}". Allowed: none, {", ".join(QUANTIZATIONS)}.')
+    return QUANTIZATIONS[name]
 
 
 def _dtype(module: torch.nn.Module) -> torch.dtype:

@@ -50,6 +50,6 @@ swap_linears = shared.swapper(Fp8Linear)
 
 
 if __name__ == "__main__":
-    from int8_linear import quantize_main
+    from pipeline.quantize import quantize_main
 
     quantize_main(Fp8Linear, __doc__)

@@ -7,7 +7,8 @@ from torch import nn
 
 import fp8_linear
 from fp8_linear import Fp8Linear
-from int8_linear import Int8Linear, quantize_main
+from int8_linear import Int8Linear
+from pipeline.quantize import quantize_main
 from quantization import layer as shared
 from quantization.kernels import quantize_rows
 

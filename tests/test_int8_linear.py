@@ -11,11 +11,11 @@ from diffusers import QwenImageTransformer2DModel
 from skimage import data
 from torch import nn
 
-import int8_linear
 from cached_pipeline import load_pipeline
 from fp8_linear import Fp8Linear
 from int8_linear import Int8Linear, rotate_down_projections, swap_linears
 from pipeline.images import fit
+from pipeline.quantize import quantize_main
 from pocket_model.edits import EDITS, split
 from pocket_model.evaluate import edit_picture, psnr, tensor
 from quantization import kernels as kernels
@@ -329,7 +329,7 @@ def test_a_folder_is_quantised_once_file_by_file_as_in_memory(tmp_path):
     (source / "vae" / "config.json").write_text("{}")
     (source / "model_index.json").write_text("{}")
     assert len(list((source / "transformer").glob("*.safetensors"))) > 1
-    int8_linear.quantize_main(Int8Linear, "", [str(source), str(tmp_path / "out"), "--rotate"])
+    quantize_main(Int8Linear, "", [str(source), str(tmp_path / "out"), "--rotate"])
     expected = small_model()
     swap_linears(expected, group=rotate_down_projections)
     loaded = shared.load_quantized(tmp_path / "out", KINDS, dtype=torch.float32)
@@ -340,7 +340,7 @@ def test_a_folder_is_quantised_once_file_by_file_as_in_memory(tmp_path):
         QwenImageTransformer2DModel.from_pretrained(tmp_path / "out" / "transformer")
     for arguments in ([source, tmp_path / "out"], [tmp_path / "out", tmp_path / "new"], [tmp_path, tmp_path / "new"]):
         with pytest.raises(SystemExit):
-            int8_linear.quantize_main(Int8Linear, "", [*map(str, arguments)])
+            quantize_main(Int8Linear, "", [*map(str, arguments)])
 
 
 def test_files_that_do_not_fit_their_note_are_refused(tmp_path):

@@ -9,13 +9,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import int8_linear
-from cached_pipeline import load_pipeline
+from cached_pipeline import QUANTIZATIONS, load_pipeline
 from fast_path import modulation
 from fast_path.modulation import Modulations
 from fast_path.transformer import FusedTransformer
 from int8_linear import Int8Linear
-from pipeline import loading
+from pipeline import placement
+from pipeline.folder import POCKET_FOLDER
+from pipeline.quantize import quantize_main
 from pipeline.vision_language import word_rows
 from quantization import layer as shared
 
@@ -76,11 +77,11 @@ def test_the_count_sees_what_lies_there_at_the_same_time():
         assert held.begin() == 0
 
 
-@pytest.mark.parametrize("kind", loading.QUANTIZATIONS)
+@pytest.mark.parametrize("kind", QUANTIZATIONS.values())
 def test_loading_never_holds_more_than_what_stays_and_some_rows(kind, small_chunks):
     pipeline = load_pipeline("pocket")
     with Held() as held:
-        loading.finish(pipeline, META, (None, 1.0), kind, "int8", lambda *_: None)
+        placement.finish(pipeline, META, (None, 1.0), {"transformer": kind, "text_encoder": Int8Linear}, lambda *_: None)
         stays, most = held.begin(), held.most
     parts = (pipeline.transformer, pipeline.text_encoder, pipeline.vae)
     assert stays == pytest.approx(sum(map(on_meta, parts)), rel=0.01)
@@ -90,10 +91,10 @@ def test_loading_never_holds_more_than_what_stays_and_some_rows(kind, small_chun
 
 
 def test_a_quantised_folder_goes_there_without_a_second_copy_of_anything(tmp_path):
-    int8_linear.quantize_main(Int8Linear, "", [str(loading.POCKET_FOLDER), str(tmp_path)])
+    quantize_main(Int8Linear, "", [str(POCKET_FOLDER), str(tmp_path)])
     pipeline = load_pipeline(str(tmp_path))
     with Held() as held:
-        loading.place(pipeline, META)
+        placement.place(pipeline, META)
         stays, most = held.begin(), held.most
     assert most == stays == pytest.approx(on_meta(pipeline.transformer) + on_meta(pipeline.text_encoder) + on_meta(pipeline.vae))
 

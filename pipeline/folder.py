@@ -1,0 +1,112 @@
+"""A model's folder: where it is, what it must hold, and its processor without torchvision.
+
+`Qwen2VLProcessor` loads a video processor, which needs torchvision, which nothing here uses: pictures alone are edited.
+`picture_processor` is the same class with its video half left out; stock's `__call__` runs on it too.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import Qwen2VLProcessor
+
+from pipeline.images import EditError
+
+POCKET_FOLDER = Path(__file__).resolve().parent.parent / "pocket_model" / "weights"
+TRANSFORMER = "QwenImageTransformer2DModel"
+COMPONENTS = ("processor", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+ALLOWED = (
+    'Allowed: "pocket", a diffusers folder of Qwen-Image-Edit with a model_index.json, or a hub id such as '
+    '"Qwen/Qwen-Image-Edit-2509" (needs the network once).'
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_SINGLE_FILES = {".safetensors": "safetensors", ".sft": "safetensors", ".gguf": "GGUF"}
+
+
+def model_folder(model: str, download: Callable[[], str | Path]) -> Path:
+    """The diffusers folder that `model` names; `download()` brings a hub id's. Raises EditError for what is none."""
+    if model == "pocket":
+        return POCKET_FOLDER
+    try:
+        path = Path(model).expanduser()
+        folder = path if path.is_dir() else None
+        exists = path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, no such user
+        raise refused(model, f"no path ({_short(error)})") from None
+    if exists and folder is None:
+        kind = _SINGLE_FILES.get(path.suffix.lower())
+        what = f"a single {kind} file; the transformer alone is no model here" if kind else "a file, not a folder"
+        raise refused(model, f"it is {what}")
+    if folder is None:
+        if not is_hub_id(model) or path.suffix.lower() in _SINGLE_FILES:
+            near = difflib.get_close_matches(model.lower(), ["pocket"], cutoff=0.7)
+            raise refused(model, "there is no such folder, and it is no hub id" + '; "pocket" is near' * bool(near))
+        try:
+            folder = Path(download())
+        except Exception as error:  # the hub's client has a dozen, for names, networks, licences and disks
+            raise refused(model, f"it is no folder here and could not be downloaded ({_short(error)})") from error
+    _check_index(model, folder)
+    return folder
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` could be owner/name on the hub."""
+    return _HUB_ID.fullmatch(text) is not None and ".." not in text and "--" not in text
+
+
+def refused(model: str, why: str) -> EditError:
+    return EditError(f'The model "{model[:200]}" cannot be loaded: {why}. {ALLOWED}')
+
+
+def _short(error: Exception) -> str:
+    """An error's first line; others' errors are pages."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+
+
+def reading_failed(model: str, error: Exception) -> EditError:
+    """The error for a folder whose index is right and whose files are not."""
+    return refused(model, f"its files cannot be read ({_short(error)})")
+
+
+def _check_index(model: str, folder: Path) -> None:
+    file = folder / "model_index.json"
+    if not file.is_file():
+        single = next((p.name for p in sorted(folder.iterdir()) if p.suffix.lower() in _SINGLE_FILES), None)
+        held = f"; it holds {single[:100]}" if single else "; it is empty" if not any(folder.iterdir()) else ""
+        raise refused(model, f"the folder has no model_index.json{held}")
+    try:
+        index = json.loads(file.read_text())
+        transformer = index.get("transformer") or [None, None]
+        missing = [name for name in COMPONENTS if not index.get(name)]
+        fits, kind = transformer[-1] == TRANSFORMER, index.get("_class_name")
+    except (OSError, ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
+        raise refused(model, f"its model_index.json cannot be read ({_short(error)})") from None
+    if missing or not fits:
+        lacks = f", without {', '.join(missing)}" if missing else f", not one with a {TRANSFORMER}"
+        raise refused(model, f"it is a {str(kind)[:60]}{lacks}")
+
+
+def edition(transformer) -> str:
+    """ "pocket", "2509" or "2511": no real Qwen-Image transformer has fewer than 20 blocks (it has 60)."""
+    if transformer.config.num_layers < 20:
+        return "pocket"
+    return "2511" if transformer.config.get("zero_cond_t") else "2509"
+
+
+class _PictureProcessor(Qwen2VLProcessor):
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        # The base class takes the components from the signature above: two of them, the third is never asked for.
+        super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
+
+
+# A saved pipeline names its components' classes: this one is loadable wherever transformers is.
+_PictureProcessor.__name__ = _PictureProcessor.__qualname__ = Qwen2VLProcessor.__name__
+_PictureProcessor.__module__ = Qwen2VLProcessor.__module__
+
+
+def picture_processor(model: str | Path, **hub_options) -> Qwen2VLProcessor:
+    """The `processor` component of a diffusers folder or hub id, without its video half; needs no torchvision."""
+    return _PictureProcessor.from_pretrained(str(model), subfolder="processor", **hub_options)
