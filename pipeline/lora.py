@@ -88,12 +88,8 @@ def find_lora(name: str, edition: str) -> tuple[str, str | None, bool]:
     if is_file:
         return str(path.parent), path.name, lightning
     parts = name.split("/")
-    if (
-        len(parts) >= 3
-        and parts[-1].endswith(".safetensors")
-        and not path.is_absolute()
-        and is_hub_id("/".join(parts[:2]))
-    ):
+    in_a_repository = len(parts) >= 3 and is_hub_id("/".join(parts[:2])) and not {"", ".", ".."} & set(parts)
+    if in_a_repository and name.endswith(".safetensors"):
         return "/".join(parts[:2]), "/".join(parts[2:]), lightning
     if is_hub_id(name) and not name.endswith(".safetensors"):
         return name, None, lightning
@@ -143,9 +139,12 @@ def _download(repository: str, file: str | None) -> Path:
         if file is None:
             try:
                 names = HfApi().list_repo_files(repository)
-            except Exception:  # without the hub what was downloaded before is there
-                kept = Path(snapshot_download(repository, local_files_only=True))
-                names = [str(path.relative_to(kept)) for path in kept.rglob("*.safetensors")]
+            except Exception as error:  # without the hub: what was downloaded before
+                try:
+                    cached = Path(snapshot_download(repository, local_files_only=True))
+                except Exception:
+                    raise error from None
+                names = [path.relative_to(cached).as_posix() for path in cached.rglob("*.safetensors")]
             file = _only(
                 sorted(n for n in names if n.endswith(".safetensors")), f"The LoRA {repository} is a repository"
             )
