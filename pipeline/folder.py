@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import Qwen2VLProcessor
 
-from pipeline.images import EditError
+from pipeline.images import EditError, clip
 
 POCKET_FOLDER = Path(__file__).resolve().parent.parent / "pocket_model" / "weights"
 TRANSFORMER = "QwenImageTransformer2DModel"
@@ -57,13 +57,13 @@ def is_hub_id(text: str) -> bool:
 
 
 def refused(model: str, why: str) -> EditError:
-    return EditError(f'The model "{model[:200]}" cannot be loaded: {why}. {ALLOWED}')
+    return EditError(f'The model "{clip(model, 200)}" cannot be loaded: {why}. {ALLOWED}')
 
 
 def _short(error: Exception) -> str:
     """An error's first line; others' errors are pages."""
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {clip(text[0], 200)}" if text else type(error).__name__
 
 
 def reading_failed(model: str, error: Exception) -> EditError:
@@ -74,8 +74,12 @@ def reading_failed(model: str, error: Exception) -> EditError:
 def _check_index(model: str, folder: Path) -> None:
     file = folder / "model_index.json"
     if not file.is_file():
-        single = next((p.name for p in sorted(folder.iterdir()) if p.suffix.lower() in _SINGLE_FILES), None)
-        held = f"; it holds {single[:100]}" if single else "; it is empty" if not any(folder.iterdir()) else ""
+        try:
+            names = sorted(path.name for path in folder.iterdir())
+        except OSError as error:
+            raise refused(model, f"the folder cannot be read ({_short(error)})") from None
+        single = next((name for name in names if Path(name).suffix.lower() in _SINGLE_FILES), None)
+        held = f"; it holds {clip(single)}" if single else "" if names else "; it is empty"
         raise refused(model, f"the folder has no model_index.json{held}")
     try:
         index = json.loads(file.read_text())
@@ -86,7 +90,7 @@ def _check_index(model: str, folder: Path) -> None:
         raise refused(model, f"its model_index.json cannot be read ({_short(error)})") from None
     if missing or not fits:
         lacks = f", without {', '.join(missing)}" if missing else f", not one with a {TRANSFORMER}"
-        raise refused(model, f"it is a {str(kind)[:60]}{lacks}")
+        raise refused(model, f"it is a {clip(str(kind), 60)}{lacks}")
 
 
 def edition(transformer) -> str:

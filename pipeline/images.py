@@ -48,6 +48,12 @@ def named(value) -> str:
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
+def clip(text: str, length: int = 100) -> str:
+    """A name that came from elsewhere, for an error: printable and no longer than `length` characters."""
+    text = "".join(c if c.isprintable() else "?" for c in text[: length + 1])
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
 def open_image(data, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """`data` (file bytes, a PIL image or a numpy array) as uint8 (H, W, 3) RGB, C-contiguous.
 

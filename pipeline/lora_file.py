@@ -37,7 +37,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from pipeline.images import EditError
+from pipeline.images import EditError, clip
 
 ALLOWED = "Allowed: a .safetensors file of LoRA, DoRA, LoHa, LoKr or differences for the transformer of this model."
 _NAMES = r"(?:\.(?!weight|bias|scale|alpha)[\w-]+)*"  # peft writes the adapter's name between the field and `.weight`
@@ -46,7 +46,7 @@ _FIELDS = [
     ("up", rf"(?:[._]lora(?:_B|_b|[._]up)|\.lora_linear_layer\.up){_NAMES}(?:\.weight)?$"),
     ("up_bias", rf"(?:[._]lora(?:_B|[._]up)){_NAMES}\.bias$"),
     ("alpha", r"(?:[._]lora(?:_A|_B|[._]down|[._]up)?(?:\.(?!alpha$)[\w-]+)*)?\.alpha$"),
-    ("magnitude", rf"\.(?:dora_scale|lora_magnitude_vector{_NAMES}(?:\.weight)?)$"),
+    ("magnitude", rf"\.(?:dora_scale|magnitude|lora_magnitude_vector{_NAMES}(?:\.weight)?)$"),
     ("shape", r"\.reshape_weight$"),
     *((name, rf"\.{name}{_NAMES}$") for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")),
     *((name, rf"\.{name}{_NAMES}$") for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")),
@@ -193,12 +193,6 @@ def read_lora(path: Path, transformer: nn.Module, name: str | None = None) -> di
     except _Refused as error:
         raise EditError(f'The LoRA "{clip(name, 200)}" cannot be used: {error} {ALLOWED}') from None
     return changes
-
-
-def clip(text: str, length: int = 100) -> str:
-    """Names come from files: an error shows them printable and no longer than `length` characters."""
-    text = "".join(c if c.isprintable() else "?" for c in text[: length + 1])
-    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 class _Refused(Exception):

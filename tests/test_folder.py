@@ -8,7 +8,7 @@ import torch
 
 from cached_pipeline import CachedQwenImageEditPipeline, load_pipeline
 from pipeline import folder
-from pipeline.images import EditError
+from pipeline.images import EditError, clip
 
 
 def test_loading_tells_its_progress_and_describes_itself():
@@ -69,6 +69,7 @@ ALLOWED = 'Allowed: "pocket", a diffusers folder of Qwen-Image-Edit with a model
     ("", "the folder has no model_index.json|no such folder"),
     ("a" * 5000, "no path|no such folder"),
     ("a\0b", "no path|no such folder"),
+    ("Qwen/a\nb", "it is no hub id"),
     ("~nobody-here/model", "no path|no such folder"),
     (".", "the folder has no model_index.json"),
 ])  # fmt: skip
@@ -77,7 +78,7 @@ def test_a_model_that_is_nowhere_is_one_sentence_that_says_what_is_allowed(model
         load_pipeline(model)
     text = str(error.value)
     assert ALLOWED in text and len(text) < 800 and "\n" not in text
-    assert text.startswith(f'The model "{model[:200]}" cannot be loaded: ')
+    assert text.startswith(f'The model "{clip(model, 200)}" cannot be loaded: ')
 
 
 @pytest.mark.parametrize("name, says", [

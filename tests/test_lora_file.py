@@ -103,6 +103,20 @@ def test_a_layer_that_other_code_names_otherwise_is_found(pocket, tmp_path, thei
     assert list(read(tmp_path / "a.safetensors", pocket.transformer, keys(pairs, prefix=""))) == [ours]
 
 
+def test_the_shapes_of_a_convolution_are_those_of_a_layer(pocket, tmp_path, one_block):
+    as_convolution = {name: tuple(t[..., None, None] for t in tensors) for name, tensors in one_block.items()}
+    got = fused(pocket.transformer, tmp_path / "a.safetensors", keys(as_convolution))
+    expected = fused(pocket.transformer, tmp_path / "b.safetensors", keys(one_block))
+    assert largest_difference(got, expected.state_dict()) == 0
+
+
+def test_the_fields_of_a_layer_may_come_in_any_styles(pocket, tmp_path):
+    down, up = pair()
+    state = {f"lora_unet_{Q.replace('.', '_')}.lora_down.weight": down, f"transformer.{Q}.lora_B.weight": up, f"{Q}.alpha": ONE}
+    (change,) = read(tmp_path / "a.safetensors", pocket.transformer, state).values()
+    assert change.factor == 1 / 4 and torch.equal(change.tensors["up"], up)
+
+
 @pytest.mark.parametrize("style", ["bare", "kohya", "lightning", "alpha of another dtype"])
 def test_the_fused_weights_are_those_of_the_diffusers_style_bit_for_bit(pocket, tmp_path, style):
     pairs = lora_pairs(pocket.transformer)
@@ -217,14 +231,15 @@ def test_what_peft_saved_is_merged_as_peft_does_it(pocket, tmp_path, config):
     assert largest_difference(pocket.transformer, expected) > 1e-3, "the LoRA does something"
 
 
+@pytest.mark.parametrize("field", ["dora_scale", "magnitude"])
 @pytest.mark.parametrize("along", ["rows", "columns"])
 @pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
-def test_a_dora_gives_its_layers_the_magnitudes_that_it_holds(pocket, tmp_path, one_block, along, weight):
+def test_a_dora_gives_its_layers_the_magnitudes_that_it_holds(pocket, tmp_path, one_block, field, along, weight):
     """The file of LyCORIS and ComfyUI; part of the way at part of the weight."""
     w, (down, up) = pocket.transformer.get_submodule(Q).weight.detach(), one_block[Q]
     magnitude = torch.rand(256, 1) + 0.5 if along == "rows" else torch.rand(1, 256) + 0.5
     state = keys({Q: one_block[Q]}, "diffusion_model.", alpha=torch.tensor(2.0))
-    got = fused(pocket.transformer, tmp_path / "a.safetensors", state | {f"diffusion_model.{Q}.dora_scale": magnitude}, weight)
+    got = fused(pocket.transformer, tmp_path / "a.safetensors", state | {f"diffusion_model.{Q}.{field}": magnitude}, weight)
     trained = w + 0.5 * up @ down
     trained = trained / trained.norm(dim=1 if along == "rows" else 0, keepdim=True) * magnitude
     assert (got.get_submodule(Q).weight - (w + weight * (trained - w))).abs().max() < 1e-6
