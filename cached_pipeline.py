@@ -43,7 +43,7 @@ from pipeline import denoising, loading, vision_language
 from pipeline.content_cache import ContentCache
 from pipeline.denoising import References
 from pipeline.images import EditError, Pictures, download, named, resample
-from pipeline.sampling import Schedule, noise_levels
+from pipeline.sampling import Schedule, is_lightning, noise_levels
 
 MAX_REFERENCES = 3
 MAX_SIDE = 4096
@@ -521,7 +521,7 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
             "model": self._origin["model"],
             "lora": self._origin["lora"],
             "lora_weight": self._origin["lora_weight"],
-            "scheduler": "lightning" if loading.is_lightning(self.scheduler) else "base",
+            "scheduler": "lightning" if is_lightning(self.scheduler) else "base",
             "dtype": str(_dtype(self.transformer)).removeprefix("torch."),
             "quantized": loading.quantization(self.transformer),
             "attention_quantized": None if self.attention_quantize == "none" else self.attention_quantize,

@@ -25,6 +25,7 @@ from cached_pipeline import CachedQwenImageEditPipeline
 from fast_path import attention
 from pipeline import loading
 from pipeline.images import download
+from pipeline.sampling import lightning_scheduler
 
 PROMPT = "make it a pencil sketch"
 NEGATIVE_PROMPT = " "
@@ -432,7 +433,7 @@ def random_pipeline(device: str, dtype: torch.dtype) -> CachedQwenImageEditPipel
         vae = diffusers.AutoencoderKLQwenImage()
         text_encoder = Qwen2_5_VLForConditionalGeneration(config)
     pipeline = CachedQwenImageEditPipeline(
-        scheduler=loading.lightning_scheduler(),
+        scheduler=lightning_scheduler(),
         vae=vae.eval(),
         text_encoder=text_encoder.to(dtype).eval(),
         tokenizer=processor.tokenizer,

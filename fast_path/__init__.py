@@ -19,7 +19,7 @@ from fast_path.transformer import FusedTransformer
 from fast_path.unsupported import UnsupportedError
 from fast_path.vae import SingleFrameVAE, single_frame_vae
 from pipeline.images import EditError
-from pipeline.loading import is_lightning
+from pipeline.sampling import is_lightning
 
 __all__ = [
     "Applied", "FusedTextEncoder", "FusedTransformer", "SingleFrameVAE", "TokenCache", "apply", "remove", "single_frame_vae",

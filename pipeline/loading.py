@@ -12,7 +12,6 @@ import math
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from transformers import Qwen2VLProcessor
@@ -20,27 +19,11 @@ from transformers import Qwen2VLProcessor
 from fp8_linear import Fp8Linear
 from int8_linear import Int8Linear
 from pipeline.images import EditError
+from pipeline.sampling import lightning_scheduler
 from quantization.layer import QuantizedLinear, Swapped, is_quantized, load_quantized, move_quantized, swap_linears
 
 POCKET_FOLDER = Path(__file__).resolve().parent.parent / "pocket_model" / "weights"
 
-# Sigmas 1 -> [1, 0], 2 -> [1, .75, 0], 4 -> [1, .9, .75, .5, 0] at any size (github.com/ModelTC/Qwen-Image-Lightning).
-LIGHTNING_SCHEDULER = {
-    "base_image_seq_len": 256,
-    "base_shift": math.log(3),
-    "invert_sigmas": False,
-    "max_image_seq_len": 8192,
-    "max_shift": math.log(3),
-    "num_train_timesteps": 1000,
-    "shift": 1.0,
-    "shift_terminal": None,
-    "stochastic_sampling": False,
-    "time_shift_type": "exponential",
-    "use_beta_sigmas": False,
-    "use_dynamic_shifting": True,
-    "use_exponential_sigmas": False,
-    "use_karras_sigmas": False,
-}
 # (edition, name) -> (repository, file). There is no file for 2 steps: they use the 4-step one.
 LIGHTNING_FILES = {
     ("2509", "lightning-4"): (
@@ -247,14 +230,3 @@ def usable_device(device: str | torch.device) -> torch.device:
         reason = f"torch {torch.__version__} sees no CUDA GPU"
         raise EditError(f'The device is "{device}", but {reason}. Allowed here: "cpu".')
     return device
-
-
-def lightning_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """The scheduler that Lightning LoRAs were distilled on."""
-    return FlowMatchEulerDiscreteScheduler.from_config(LIGHTNING_SCHEDULER)
-
-
-def is_lightning(scheduler) -> bool:
-    """Whether `scheduler` gives Lightning's noise levels, whoever put it there."""
-    decisive = ("use_dynamic_shifting", "base_shift", "max_shift", "shift_terminal", "time_shift_type")
-    return all(scheduler.config.get(name) == LIGHTNING_SCHEDULER[name] for name in decisive)

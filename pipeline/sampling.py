@@ -5,6 +5,7 @@ through the loop, for two reasons: it keeps a step index between calls, which tw
 its schedule of one step is [nan, 0] with the base model's settings (see `noise_levels`).
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,23 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from pipeline.images import EditError
 
+# Sigmas 1 -> [1, 0], 2 -> [1, .75, 0], 4 -> [1, .9, .75, .5, 0] at any size (github.com/ModelTC/Qwen-Image-Lightning).
+LIGHTNING_SCHEDULER = {
+    "base_image_seq_len": 256,
+    "base_shift": math.log(3),
+    "invert_sigmas": False,
+    "max_image_seq_len": 8192,
+    "max_shift": math.log(3),
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "shift_terminal": None,
+    "stochastic_sampling": False,
+    "time_shift_type": "exponential",
+    "use_beta_sigmas": False,
+    "use_dynamic_shifting": True,
+    "use_exponential_sigmas": False,
+    "use_karras_sigmas": False,
+}
 CFG_MODES = ("full", "none", "batched", "self_negative", "onetime_negative")
 
 
@@ -70,6 +88,17 @@ def noise_levels(scheduler, levels: np.ndarray, image_tokens: int) -> tuple[torc
         raise EditError(f"The scheduler's settings give the sigmas {sigmas.tolist()}. They must be finite numbers.")
     end = torch.full((1,), 1.0 if config.invert_sigmas else 0.0)
     return torch.cat([sigmas, end]), sigmas * config.num_train_timesteps
+
+
+def lightning_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler that Lightning LoRAs were distilled on."""
+    return FlowMatchEulerDiscreteScheduler.from_config(LIGHTNING_SCHEDULER)
+
+
+def is_lightning(scheduler) -> bool:
+    """Whether `scheduler` gives Lightning's noise levels, whoever put it there."""
+    decisive = ("use_dynamic_shifting", "base_shift", "max_shift", "shift_terminal", "time_shift_type")
+    return all(scheduler.config.get(name) == LIGHTNING_SCHEDULER[name] for name in decisive)
 
 
 def euler_step(

@@ -12,15 +12,15 @@ from PIL import Image
 
 import cached_pipeline
 from cached_pipeline import load_pipeline
-from pipeline import loading, vision_language
+from pipeline import vision_language
 from pipeline.content_cache import ContentCache
 from pipeline.images import EditError, Pictures, encode_png
-from pipeline.sampling import noise_levels, true_cfg
+from pipeline.sampling import LIGHTNING_SCHEDULER, lightning_scheduler, noise_levels, true_cfg
 
 # Stock runs the same operations in another grouping (a vision call for all pictures, a mask of ones, 3-D convolutions):
 # what differs is float32 rounding, seen up to 2e-6 on pictures in [0, 1].
 STOCK_TOLERANCE = 1e-4
-BASE_SCHEDULER = loading.LIGHTNING_SCHEDULER | {"base_shift": 0.5, "max_shift": 0.9, "shift_terminal": 0.02}
+BASE_SCHEDULER = LIGHTNING_SCHEDULER | {"base_shift": 0.5, "max_shift": 0.9, "shift_terminal": 0.02}
 PROMPT = "turn it into a pencil sketch"
 # A batch multiplies other shapes, so other kernels round differently: float32 noise, amplified through the layers.
 BATCH_TOLERANCE = 1e-4
@@ -159,7 +159,7 @@ def test_same_as_stock_with_the_base_scheduler(pocket, photo, small_area):
 
 def test_same_as_stock_with_a_stochastic_scheduler(pocket, photo, small_area):
     changes = {"stochastic_sampling": True}
-    pocket.scheduler = FlowMatchEulerDiscreteScheduler.from_config(loading.LIGHTNING_SCHEDULER | changes)
+    pocket.scheduler = FlowMatchEulerDiscreteScheduler.from_config(LIGHTNING_SCHEDULER | changes)
     against_stock(pocket, Image.fromarray(photo(128, 128)), num_inference_steps=3)
 
 
@@ -304,7 +304,7 @@ def stock_schedule(scheduler, steps, tokens):
 def test_schedule_is_stocks_where_stock_is_finite_and_always_finite(pocket, name):
     if name == "beta":
         pytest.importorskip("scipy")
-    pocket.scheduler = FlowMatchEulerDiscreteScheduler.from_config(loading.LIGHTNING_SCHEDULER | SCHEDULERS[name])
+    pocket.scheduler = FlowMatchEulerDiscreteScheduler.from_config(LIGHTNING_SCHEDULER | SCHEDULERS[name])
     compared = 0
     for steps in (1, 2, 3, 4, 8, 28, 50):
         ours = pocket.schedule(steps, 512, 256)
@@ -335,7 +335,7 @@ def test_one_step_with_the_base_scheduler_gives_a_picture(pocket, photo):
 @pytest.mark.parametrize("steps, expected", [(1, [1, 0]), (2, [1, 0.75, 0]), (4, [1, 0.9, 0.75, 0.5, 0])])
 def test_lightning_schedule(steps, expected):
     for tokens in (64, 256, 1024, 4096):
-        sigmas, _ = noise_levels(loading.lightning_scheduler(), np.linspace(1.0, 1 / steps, steps), tokens)
+        sigmas, _ = noise_levels(lightning_scheduler(), np.linspace(1.0, 1 / steps, steps), tokens)
         assert sigmas.tolist() == pytest.approx(expected, abs=1e-6)
 
 

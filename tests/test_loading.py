@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from cached_pipeline import CachedQwenImageEditPipeline, load_pipeline
 from pipeline import loading
 from pipeline.images import EditError
+from pipeline.sampling import LIGHTNING_SCHEDULER
 
 LORA_LINEARS = (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
@@ -60,7 +61,7 @@ def test_a_lora_is_fused_into_the_weights(pocket, tmp_path, style):
 def test_a_lightning_lora_brings_its_scheduler_and_others_do_not(pocket, tmp_path):
     base = tmp_path / "base"
     pocket.save_pretrained(base)
-    config = loading.LIGHTNING_SCHEDULER | {"base_shift": 0.5, "max_shift": 0.9, "shift_terminal": 0.02}
+    config = LIGHTNING_SCHEDULER | {"base_shift": 0.5, "max_shift": 0.9, "shift_terminal": 0.02}
     FlowMatchEulerDiscreteScheduler.from_config(config).save_pretrained(base / "scheduler")
     for name, terminal in (("My-Lightning-4steps.safetensors", None), ("style.safetensors", 0.02)):
         write_lora(tmp_path / name, pocket.transformer)
