@@ -8,6 +8,7 @@ what later fuses, records or quantises the model sees plain Linears, at the same
 schedule of their own: with one of them, and only then, the scheduler is replaced.
 """
 
+import json
 import math
 from pathlib import Path
 
@@ -46,10 +47,36 @@ class _PictureProcessor(Qwen2VLProcessor):
         # The base class takes the components from the signature above: two of them, the third is never asked for.
         super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """As stock, with the video half's settings, which stock's class asks for when it reads the folder."""
+        saved = super().save_pretrained(save_directory, **kwargs)
+        (Path(save_directory) / _VIDEO_CONFIG).write_text(json.dumps(_video_config(self.image_processor), indent=2))
+        return saved
+
+    def __reduce__(self):  # its name is another class's: pickles say how it is made
+        return _restored, (vars(self),)
+
 
 # A saved pipeline names its components' classes: this one is loadable wherever transformers is.
 _PictureProcessor.__name__ = _PictureProcessor.__qualname__ = Qwen2VLProcessor.__name__
 _PictureProcessor.__module__ = Qwen2VLProcessor.__module__
+
+
+_VIDEO_CONFIG = "video_preprocessor_config.json"
+
+
+def _video_config(image_processor) -> dict:
+    """What transformers' video processor would read frames with: the picture's numbers."""
+    names = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "size")
+    settings = {name: getattr(image_processor, name) for name in names if hasattr(image_processor, name)}
+    settings["size"] = dict(settings["size"]) if settings.get("size") else {}
+    return {"video_processor_type": "Qwen2VLVideoProcessor", "processor_class": "Qwen2VLProcessor"} | settings
+
+
+def _restored(state: dict) -> "_PictureProcessor":
+    processor = object.__new__(_PictureProcessor)
+    vars(processor).update(state)
+    return processor
 
 
 def picture_processor(model: str | Path, **hub_options) -> Qwen2VLProcessor:
