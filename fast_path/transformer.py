@@ -429,10 +429,16 @@ def _check(transformer) -> None:
         raise UnsupportedError(
             f"heads of {config.attention_head_dim} numbers: only powers of two are written down here"
         )
+    epsilons = set()
     for block in transformer.transformer_blocks:
+        attn = block.attn
+        epsilons.add(tuple(n.eps for n in (block.img_norm1, block.img_norm2, block.txt_norm1, block.txt_norm2)))
+        epsilons.add(tuple(n.eps for n in (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)))
         if type(block.attn.processor) is not QwenDoubleStreamAttnProcessor2_0:
             raise UnsupportedError(f"the attention is a {type(block.attn.processor).__name__}")
         if block.attn.processor._attention_backend is not None or block.attn.processor._parallel_config is not None:
             raise UnsupportedError(f"its attention has a backend chosen by hand, {block.attn.processor._attention_backend}")
         if getattr(block.attn, "fused_projections", False):
             raise UnsupportedError("its projections are fused by diffusers")
+    if any(len(set(each)) > 1 for each in epsilons) or len(epsilons) > 2:
+        raise UnsupportedError("its norms have different epsilons")

@@ -75,7 +75,7 @@ class Watch:
             own = vars(module)
             names = [n for n in own if n not in _OF_EVERY_MODULE and n not in _TRANSIENT]
             if not type(module).__module__.startswith("torch.nn."):
-                attributes.append((own, (*names, "training")))
+                attributes.append((own, (*names, *({"training"} & own.keys()))))
             for name in names:
                 self._look_into(name, own[name], tables, lists, seen)
         self._empty = [t for t in tables if not t]
@@ -84,7 +84,7 @@ class Watch:
         self._sizes = list(map(len, self._sized))
         self._members = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
         self._own = [own for own, _ in attributes]
-        self._getters = [operator.itemgetter(*names, "training") for _, names in attributes]  # two names: always a tuple
+        self._getters = [operator.itemgetter(*names, "_modules", "_buffers") for _, names in attributes]  # two names: a tuple
         self._values = list(itertools.chain.from_iterable(map(operator.call, self._getters, self._own)))
         self._parameters = [p for p in self._members if isinstance(p, torch.Tensor) and not p.is_inference()]
         if placed_by_hooks(modules):

@@ -287,17 +287,23 @@ def test_every_public_method_of_the_stock_classes_is_decided():
 )
 def test_a_stock_method_after_the_fast_path_has_the_effect_of_the_plain_path(plain, fast, tmp_path, owner, method):
     act = {"pipe": PIPELINE, "transformer": TRANSFORMER, "vae": VAE}[owner][method]
-    raised = []
-    for pipe in (plain, fast):
+
+    def outcome(pipe):
+        """What comes out, twice, or how it fails: some methods leave a model that stock cannot run."""
         try:
             act(pipe, tmp_path)
+            return torch.cat([edit(pipe), edit(pipe)])
         except Exception as error:
-            raised.append(type(error))
-    assert len(raised) in (0, 2) and len(set(raised)) < 2, raised
+            return f"{type(error).__name__} {error}"[:60]
+
+    expected, found = outcome(plain), outcome(fast)
+    if isinstance(expected, str):
+        assert found == expected
+        return
+    assert isinstance(found, torch.Tensor), found
+    difference = (found - expected).abs().max().item()
     tolerance = 0.05 if method == "to" and owner == "pipe" else TOLERANCE  # half precision
-    for _ in range(2):
-        difference = (edit(fast) - edit(plain)).abs().max().item()
-        assert difference < tolerance, (difference, fast.fast_path.report)
+    assert difference < tolerance, (difference, fast.fast_path.report)
 
 
 @pytest.mark.parametrize("act", [load_lora, fuse_and_unload, load_adapter, fuse_and_unload_in_the_component, add_adapter, register])
@@ -364,7 +370,7 @@ def new_forward(pipe):
 
 def root_hook(pipe):
     pipe.text_encoder.register_forward_hook(
-        lambda m, a, out: out.__setitem__("hidden_states", (*out.hidden_states[:-1], 0.5 * out.hidden_states[-1]))
+        lambda m, a, out: out.__setitem__("hidden_states", (*out.hidden_states[:-1], out.hidden_states[-1] + 1))
     )
 
 
@@ -446,7 +452,7 @@ def test_a_token_cache_of_another_build_is_not_read(plain, fast):
     def run(pipe, cache):
         embeds, mask = pipe.encode_prompt("sepia")
         references = pipe.encode_references(np.zeros((32, 32, 3), np.uint8), area=1024)
-        inputs = pipe.initial_noise(32, 32), references, embeds, mask, pipe.schedule(2, 32, 32)
+        inputs = pipe.initial_noise(32, 32), references, embeds, mask, pipe.schedule(1, 32, 32)
         return pipe.denoise(*inputs, **({"token_cache": cache} if cache else {}))
 
     cache = fast.token_cache()
@@ -570,7 +576,7 @@ def test_a_stock_pipeline_becomes_a_cached_one(pocket):
 
 def test_prompts_are_embedded_without_a_transformer_and_a_vae(pocket):
     folder = pocket._origin["folder"]
-    pipe = CachedQwenImageEditPipeline.from_pretrained(folder, transformer=None, vae=None)
+    pipe = CachedQwenImageEditPipeline.from_pretrained(folder, transformer=None, vae=None, dtype=torch.float32)
     embeds, mask = pipe.encode_prompt("make it a pencil sketch", np.zeros((64, 64, 3), np.uint8))
     expected, _ = pocket.encode_prompt("make it a pencil sketch", np.zeros((64, 64, 3), np.uint8))
     assert mask is None and torch.equal(embeds, expected)
@@ -581,9 +587,9 @@ def test_prompts_are_embedded_without_a_transformer_and_a_vae(pocket):
 def test_a_folder_saved_with_the_fast_path_in_is_read_by_stock_and_by_us(fast, plain, tmp_path):
     fast.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "QwenImageEditPlusPipeline"
-    stock = DiffusionPipeline.from_pretrained(tmp_path, processor=plain.processor)
+    stock = DiffusionPipeline.from_pretrained(tmp_path, processor=plain.processor, dtype=torch.float32)
     assert type(stock) is QwenImageEditPlusPipeline
-    ours = CachedQwenImageEditPipeline.from_pretrained(tmp_path)
+    ours = CachedQwenImageEditPipeline.from_pretrained(tmp_path, dtype=torch.float32)
     for name in ("transformer", "vae", "text_encoder"):
         expected = getattr(plain, name).state_dict()
         for loaded in (stock, ours):
@@ -597,7 +603,7 @@ def test_any_number_of_pictures_is_edited_in_the_library(fast, plain, photo):
     settings = {"width": 32, "height": 32, "num_inference_steps": 1, "reference_area": 1024, "output_type": "pt", "true_cfg_scale": 1.0}
     found = [p(pictures, "sepia", generator=torch.Generator().manual_seed(0), **settings).images for p in (plain, fast)]
     assert (found[0] - found[1]).abs().max() < TOLERANCE
-    with pytest.raises(EditError, match="4 reference pictures were given. Allowed: 1 to 3"):
+    with pytest.raises(EditError, match=r"4 reference pictures were given\. Allowed: 1 to 3"):
         plain.open_references(pictures[:4])
 
 
@@ -704,15 +710,15 @@ def test_a_callback_may_change_the_model_between_steps(plain, fast, tmp_path):
 
 def test_a_prompt_is_bounded_in_tokens_where_tokens_are_made(plain, fast):
     for pipe in (plain, fast):
-        with pytest.raises(EditError, match=r"The prompt is too long: it has \d+ tokens, 4\d* of them for the pictures\. Allowed: 3968\."):
-            pipe("".join([]) or np.zeros((64, 64, 3), np.uint8), "\N{GRINNING FACE}\N{UNICORN FACE}" * 1500, width=32, height=32)
+        with pytest.raises(EditError, match=r"The prompt is too long: it has \d+ tokens, \d+ of them for the pictures\. Allowed: 3968\."):
+            pipe(np.zeros((64, 64, 3), np.uint8), "\N{GRINNING FACE}\N{UNICORN FACE}" * 1500, width=32, height=32)
         with pytest.raises(EditError, match="Allowed: 3968"):
             edit(pipe, negative_prompt="\N{GRINNING FACE}" * 3000, true_cfg_scale=3.0)
 
 
 def test_embeddings_that_came_from_elsewhere_are_bounded_too(plain):
     embeds = plain.encode_prompt("sepia")[0]
-    with pytest.raises(EditError, match="it has 4097 tokens. Allowed: 4095"):
+    with pytest.raises(EditError, match=r"it has 4097 tokens\. Allowed: 4095"):
         plain(np.zeros((32, 32, 3), np.uint8), prompt_embeds=embeds[:, :1].expand(-1, 4097, -1), width=32, height=32,
               reference_area=1024, num_inference_steps=1, true_cfg_scale=1.0)  # fmt: skip
 
