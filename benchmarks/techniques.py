@@ -343,7 +343,7 @@ def measure(bench: Bench, technique: Technique, name: str, engine: RealtimeEngin
     memory.reset_peak()
     runs, quality, to_other, flicker = [], [], [], []
     for edit in args.edits:
-        pipeline.clear_caches()  # an earlier row has had the same frames
+        pipeline.forget_results()  # an earlier row has had the same frames
         params = bench.params(technique, name, edit)
         with engine.open_session() as session:
             runs.append(stream_until_steady(session, pipeline, frames, params))

@@ -71,6 +71,13 @@ class TokenCache:
         self.clear()
         fused.token_caches.add(self)
 
+    def serve(self, fused: FusedTransformer) -> None:
+        """For another build of the transformer's fast path: what the one before computed is forgotten."""
+        if fused is not self._fused:
+            self.clear()
+            self._fused = fused
+            fused.token_caches.add(self)
+
     def clear(self) -> None:
         """Forgets all and frees its memory: the next frame computes everything."""
         self._graphs.clear()

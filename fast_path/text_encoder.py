@@ -28,6 +28,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from fast_path.graphs import Graphs
 from fast_path.unsupported import UnsupportedError
+from fast_path.watch import foreign
 from quantization.layer import QuantizedLinear
 
 Grid = tuple[int, int]  # (rows, columns) of patches
@@ -39,7 +40,6 @@ _ALIGNMENT = 8
 _LENGTHS = 32
 # Where the classes come from whose arithmetic is known here: a quantised or adapted layer has another home.
 _KNOWN_HOMES = (Qwen2_5_VLForConditionalGeneration.__module__, "transformers.activations")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Norm(NamedTuple):
@@ -98,7 +98,9 @@ class FusedTextEncoder:
             self._merger, self._merger_norm = visual.merger.mlp, _norm(visual.merger.ln_q)
             self._vision_rotary, self._text_rotary = visual.rotary_pos_emb, language_model.rotary_emb
             self._norm = _norm(language_model.norm)
-            self._unread, self._away = (language_model.embed_tokens, text_encoder.lm_head), []
+            # The vocabulary head, which nobody reads here, and the word table, of which `vision_language.word_rows` fetches a
+            # prompt's rows: they may lie on the CPU.
+            self.unread = (language_model.embed_tokens, text_encoder.lm_head)
             vision = [_vision_parts(block) for block in visual.blocks]
             text = [_text_parts(layer) for layer in language_model.layers]
             for _, qkv, _, _, gate_up, *_ in (*vision, *text):
@@ -115,6 +117,10 @@ class FusedTextEncoder:
         self.graphs = Graphs()
         # Not bounded: there are only as many grids as aspect ratios of one area, and one takes half a megabyte.
         self._layouts: dict[Grid, _Layout] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self._norm.weight.device
 
     @torch.no_grad()
     def see(self, values: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -145,23 +151,6 @@ class FusedTextEncoder:
             padding = _round_up(length, _LENGTHS) - length
             embeds, positions = F.pad(embeds, (0, 0, 0, padding)), F.pad(positions, (0, padding))
         return self.graphs.run(("read", skip), partial(self._read, skip), embeds, positions)[:, : length - skip]
-
-    def offload(self) -> int:
-        """Moves to the CPU, if they are on a GPU, the vocabulary head, which nobody reads here, and the word table, of
-        which `vision_language.word_rows` fetches a prompt's rows. Returns the bytes freed; tied ones are one.
-        """
-        away = [module for module in self._unread if module.weight.is_cuda]
-        freed = {module.weight.data_ptr(): module.weight.nbytes for module in away}
-        for module in away:
-            module.to("cpu")
-        self._away += away
-        return sum(freed.values())
-
-    def onload(self) -> None:
-        """Brings back what `offload` took, for whoever runs the whole model."""
-        for module in self._away:
-            module.to(self._norm.weight.device)
-        self._away = []
 
     def _see(self, layout: _Layout, values: torch.Tensor) -> torch.Tensor:
         x = F.linear(values.to(self._patches.weight.dtype).index_select(0, layout.order), *self._patches)
@@ -290,29 +279,22 @@ def _check(text_encoder: nn.Module) -> None:
         raise UnsupportedError(
             f"a {type(text_encoder).__name__} is not known here, only Qwen2_5_VLForConditionalGeneration"
         )
-    kinds, language_model = set(), text_encoder.model.language_model
     for name, module in text_encoder.named_modules():
         home = type(module).__module__
-        if hasattr(module, "_hf_hook"):
-            raise UnsupportedError("the text encoder is offloaded: its weights come and go")
         known = home in _KNOWN_HOMES or home.startswith("torch.nn.modules.") or isinstance(module, QuantizedLinear)
-        if not known:
+        if not known and not hasattr(module, "base_layer"):
             raise UnsupportedError(f"{name} is a {type(module).__name__}, which is not known here")
-        if "forward" in vars(module):
-            raise UnsupportedError(
-                f"the forward of {name or 'the text encoder'} has been replaced, perhaps to offload it"
-            )
+    if reason := foreign(text_encoder):
+        raise UnsupportedError(reason)
+    kinds, language_model = set(), text_encoder.model.language_model
+    for module in text_encoder.modules():
         if module is text_encoder.lm_head:
             continue
         for parameter in module.parameters(recurse=False):
             if isinstance(module, QuantizedLinear) and parameter is not module.bias:
                 kinds.add((str(parameter.device), str(module.dtype)))
                 continue
-            if type(parameter) is not nn.Parameter or parameter.dtype not in _DTYPES or parameter.is_meta:
-                raise UnsupportedError(
-                    f"a weight of {name} is no plain one: {type(parameter).__name__}, {parameter.dtype}"
-                )
-            may_lie_anywhere = module is language_model.embed_tokens  # see `FusedTextEncoder.offload`
+            may_lie_anywhere = module is language_model.embed_tokens  # see `FusedTextEncoder.unread`
             place = language_model.norm.weight if may_lie_anywhere else parameter
             kinds.add((str(place.device), str(parameter.dtype)))
     if len(kinds) != 1:

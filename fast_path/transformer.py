@@ -33,6 +33,7 @@ from fast_path.graphs import Graphs
 from fast_path.kernels import Places, qk_norm_rope, residual_norm_modulate
 from fast_path.modulation import Modulations
 from fast_path.unsupported import UnsupportedError
+from fast_path.watch import foreign
 from pipeline.content_cache import ContentCache
 from quantization.kernels import Quantized, residual_norm_modulate_quantize
 from quantization.layer import QuantizedLinear, QuantizedPair
@@ -415,8 +416,8 @@ def _check(transformer) -> None:
         raise UnsupportedError(f"the transformer is a {type(transformer).__name__}")
     if transformer.device.type == "cuda" and kernels.triton is None:
         raise UnsupportedError("its kernels need Triton, which is not installed")
-    if hasattr(transformer, "_hf_hook"):
-        raise UnsupportedError("the transformer is offloaded: its weights come and go")
+    if reason := foreign(transformer):
+        raise UnsupportedError(reason)
     config = transformer.config
     if (
         config.guidance_embeds
@@ -428,9 +429,16 @@ def _check(transformer) -> None:
         raise UnsupportedError(
             f"heads of {config.attention_head_dim} numbers: only powers of two are written down here"
         )
+    epsilons = set()
     for block in transformer.transformer_blocks:
+        attn = block.attn
+        epsilons.add(tuple(n.eps for n in (block.img_norm1, block.img_norm2, block.txt_norm1, block.txt_norm2)))
+        epsilons.add(tuple(n.eps for n in (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)))
         if type(block.attn.processor) is not QwenDoubleStreamAttnProcessor2_0:
             raise UnsupportedError(f"the attention is a {type(block.attn.processor).__name__}")
-    wrapped = {type(m) for m in transformer.modules() if isinstance(m, nn.Linear) or hasattr(m, "base_layer")}
-    if wrapped - {nn.Linear}:
-        raise UnsupportedError(f"layers of the kind {', '.join(sorted(t.__name__ for t in wrapped - {nn.Linear}))}")
+        if block.attn.processor._attention_backend is not None or block.attn.processor._parallel_config is not None:
+            raise UnsupportedError(f"its attention has a backend chosen by hand, {block.attn.processor._attention_backend}")
+        if getattr(block.attn, "fused_projections", False):
+            raise UnsupportedError("its projections are fused by diffusers")
+    if any(len(set(each)) > 1 for each in epsilons) or len(epsilons) > 2:
+        raise UnsupportedError("its norms have different epsilons")

@@ -52,6 +52,13 @@ def prompts(prompt, may_be_empty: bool) -> list[str]:
     return list(texts)
 
 
+def check_length(length: int, pictures: int, most: int) -> None:
+    """EditError if a prompt of `length` tokens, `pictures` of them the pictures' own, is longer than the model's `most`."""
+    if length > most:
+        seen = f", {pictures} of them for the pictures" if pictures else ""
+        raise EditError(f"The prompt is too long: it has {length} tokens{seen}. Allowed: {most}.")
+
+
 def layout(
     ids: list[int], image_id: int, grids: tuple[Grid, ...]
 ) -> tuple[list[int], list[tuple[int, int, int]], list[tuple[int, int]]]:

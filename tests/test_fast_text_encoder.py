@@ -11,6 +11,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from fast_path.graphs import Graphs
 from fast_path.text_encoder import FusedTextEncoder
+from fast_path.watch import Away
 from pipeline.vision_language import word_rows
 
 # Other kernels add in another order: float32 rounding, relative to the largest value.
@@ -356,11 +357,12 @@ def test_what_is_not_read_as_a_whole_leaves_the_gpu_and_comes_back(plain, tied):
         head.weight = words.weight
     fused, ids = FusedTextEncoder(encoder), [3, 99, 3, 0]
     before = words(torch.tensor(ids).cuda())
-    assert fused.offload() == words.weight.nbytes * (1 if tied else 2)
-    assert not words.weight.is_cuda and not head.weight.is_cuda and fused.offload() == 0
+    away = Away(fused.device)
+    assert away.take(fused.unread) == words.weight.nbytes * (1 if tied else 2)
+    assert not words.weight.is_cuda and not head.weight.is_cuda and away.take(fused.unread) == 0
     table, rows = word_rows(words, ids, before.device)
-    assert torch.equal(table[rows], before) and FusedTextEncoder(encoder).offload() == 0
-    fused.onload()
+    assert torch.equal(table[rows], before) and away.take(FusedTextEncoder(encoder).unread) == 0
+    away.bring_back()
     assert words.weight.is_cuda and (head.weight is words.weight) == tied and head.weight.is_cuda
     assert torch.equal(words(torch.tensor(ids).cuda()), before)
 
