@@ -10,9 +10,9 @@ through `torch._scaled_mm`, row-wise; bfloat16 results only), "triton" (see `qua
 import torch
 import torch.nn.functional as F
 
-from quantization import kernels as kernels
+from quantization import products as kernels
 from quantization import layer as shared
-from quantization.kernels import Config, Quantized
+from quantization.products import Config, Quantized
 from quantization.layer import QuantizedLinear
 
 __all__ = ["Fp8Linear", "swap_linears"]

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from quantization import kernels as kernels
+from quantization import products as kernels
 from quantization import layer as shared
-from quantization.kernels import Config, Quantized
+from quantization.products import Config, Quantized
 from quantization.layer import QuantizedLinear, Swapped, default_filter, no_rotation, rotate_down_projections
 
 __all__ = ["Int8Linear", "default_filter", "quantize_main", "rotate_down_projections", "swap_linears"]

@@ -39,8 +39,8 @@ from torch import nn
 from fast_path.kernels import residual_norm_modulate
 from fp8_linear import Fp8Linear
 from int8_linear import Int8Linear
-from quantization import kernels as kernels
-from quantization.kernels import Config, Quantized, residual_norm_modulate_quantize
+from quantization import products as kernels
+from quantization.products import Config, Quantized, residual_norm_modulate_quantize
 from quantization.layer import PAIRS, QuantizedLinear, QuantizedPair, row_bucket
 
 ROWS = (512, 2048, 5120)

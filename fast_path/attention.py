@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from fast_path.kernels import Places
-from quantization.kernels import Quantized, gluon, triton
+from quantization.products import Quantized, gluon, triton
 
 if triton is not None:
     import triton.language as tl
@@ -31,7 +31,7 @@ if gluon is not None:
     from triton.experimental.gluon.language.nvidia.hopper import mbarrier
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from quantization.kernels import barrier, begin_load
+    from quantization.products import barrier, begin_load
 
 EIGHT = torch.float8_e4m3fn
 LARGEST = 448.0

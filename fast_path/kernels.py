@@ -119,7 +119,7 @@ def _qk_norm_rope_cuda(qkv, kinds, positions, weights, cos, sin, eps, places):
 
 
 if triton is not None:
-    from quantization.kernels import residual_norm_modulated
+    from quantization.products import residual_norm_modulated
 
     @triton.jit
     def _residual_norm_modulate_kernel(

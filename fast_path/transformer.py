@@ -34,7 +34,7 @@ from fast_path.kernels import Places, qk_norm_rope, residual_norm_modulate
 from fast_path.modulation import Modulations
 from fast_path.unsupported import UnsupportedError
 from pipeline.content_cache import ContentCache
-from quantization.kernels import Quantized, residual_norm_modulate_quantize
+from quantization.products import Quantized, residual_norm_modulate_quantize
 from quantization.layer import QuantizedLinear, QuantizedPair
 
 

@@ -1,6 +1,6 @@
 """How 8-bit products are computed on an H200, found by `benchmarks.linear`: other GPUs measure for themselves."""
 
-from quantization.kernels import Config
+from quantization.products import Config
 
 # (kind, rows up to, outputs, inputs) -> backend and how, where a measurement on an H200 stands for one on the spot.
 TABLE: dict[tuple[str, int, int, int], tuple[str, Config | None]] = {

@@ -25,9 +25,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from quantization import kernels as kernels
+from quantization import products as kernels
 from quantization.choices import PAIRS, TABLE
-from quantization.kernels import Config, Quantized, quantize_rows
+from quantization.products import Config, Quantized, quantize_rows
 
 MULTIPLE = 16  # inputs and outputs: 16 bytes are what tensor cores and the memory accelerator take
 # Layers of Qwen-Image that stay as they are: they are read once a step or run on one row, and errors there reach all.

@@ -11,7 +11,7 @@ import triton.language as tl
 from hopper import assembled, compiled
 from triton.experimental.gluon import language as gl
 
-from quantization import kernels as kernels
+from quantization import products as kernels
 
 ALIGNED = ("second", "columns", "depth", "width")
 TYPES = (

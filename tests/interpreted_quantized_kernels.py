@@ -8,8 +8,8 @@ import torch
 from triton.runtime import interpreter
 
 from fast_path.kernels import residual_norm_modulate
-from quantization import kernels as kernels
-from quantization.kernels import Config, Quantized
+from quantization import products as kernels
+from quantization.products import Config, Quantized
 
 # Triton 3.6's interpreter turns one-element arrays into loop bounds by int(), which NumPy 2.4 no longer allows.
 _patch_lang_tensor = interpreter._patch_lang_tensor

@@ -9,7 +9,7 @@ import fp8_linear
 from fp8_linear import Fp8Linear
 from int8_linear import Int8Linear, quantize_main
 from quantization import layer as shared
-from quantization.kernels import quantize_rows
+from quantization.products import quantize_rows
 
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 

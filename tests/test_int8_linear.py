@@ -18,9 +18,9 @@ from int8_linear import Int8Linear, rotate_down_projections, swap_linears
 from pipeline.images import fit
 from pocket_model.edits import EDITS, split
 from pocket_model.evaluate import edit_picture, psnr, tensor
-from quantization import kernels as kernels
+from quantization import products as kernels
 from quantization import layer as shared
-from quantization.kernels import Quantized
+from quantization.products import Quantized
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "pocket_model" / "weights"

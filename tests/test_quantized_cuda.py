@@ -9,9 +9,9 @@ from fast_path.graphs import Graphs
 from fast_path.kernels import residual_norm_modulate
 from fp8_linear import Fp8Linear
 from int8_linear import Int8Linear
-from quantization import kernels as kernels
+from quantization import products as kernels
 from quantization import layer as shared
-from quantization.kernels import Quantized
+from quantization.products import Quantized
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or kernels.triton is None, reason="needs a CUDA GPU and Triton"
