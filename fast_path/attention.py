@@ -21,17 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from fast_path.kernels import Places
-from quantization.products import Quantized, gluon, triton
-
-if triton is not None:
-    import triton.language as tl
-if gluon is not None:
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia import hopper
-    from triton.experimental.gluon.language.nvidia.hopper import mbarrier
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    from quantization.products import barrier, begin_load
+from quantization.languages import GluonDescriptor, barrier, begin_load, gl, gluon, hopper, mbarrier, tl, triton
+from quantization.rows import Quantized
 
 EIGHT = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -195,16 +186,16 @@ def _sample_rows(x: torch.Tensor) -> int:
     return x.stride(0) // x.stride(1)
 
 
-def _described(x: torch.Tensor, block: int) -> "TensorDescriptor":
+def _described(x: torch.Tensor, block: int) -> "GluonDescriptor":
     """All rows of (B, N, H, d), and those between its samples, as one matrix."""
     batch, count, heads, width = x.shape
     assert x.stride()[2:] == (width, 1) and (batch == 1 or x.stride(0) % x.stride(1) == 0), (x.shape, x.stride())
     return _descriptor(x, [(batch - 1) * _sample_rows(x) + count, heads * width], x.stride(1), block, width)
 
 
-def _descriptor(x: torch.Tensor, shape: list[int], stride: int, *block: int) -> "TensorDescriptor":
+def _descriptor(x: torch.Tensor, shape: list[int], stride: int, *block: int) -> "GluonDescriptor":
     layout = gl.NVMMASharedLayout.get_default_for([*block], gl.float8e4nv)
-    return TensorDescriptor(x, shape, [stride, 1], [*block], layout)
+    return GluonDescriptor(x, shape, [stride, 1], [*block], layout)
 
 
 if triton is not None:

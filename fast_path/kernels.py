@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU build of torch comes without it
-    triton = None
+from quantization.languages import tl, triton
+from quantization.rows import LARGEST, TINY, Quantized, empty_rows, quantize_rows
+
+if triton is not None:
+    from quantization.rows import store_quantized
 
 
 def residual_norm_modulate(
@@ -42,6 +42,17 @@ def residual_norm_modulate(
         x.copy_(_clip(x.float() + gate[kinds].float() * y.float(), x.dtype))
     normed = F.layer_norm(x.float(), x.shape[1:], eps=eps)
     return (normed * (1 + scale[kinds].float()) + shift[kinds].float()).to(x.dtype)
+
+
+def residual_norm_modulate_quantize(x, y, gate, shift, scale, kinds, eps: float, dtype: torch.dtype) -> Quantized:
+    """`residual_norm_modulate` followed by `quantize_rows` to `dtype`: the same bits, in one kernel on CUDA.
+
+    The other arguments are those of `residual_norm_modulate`: x (R, D) becomes x + gate * y in place, the result is
+    normed and modulated. e4m3 rows come with their norms.
+    """
+    if not x.is_cuda:
+        return quantize_rows(residual_norm_modulate(x, y, gate, shift, scale, kinds, eps), dtype)
+    return _norm_quantize_triton(x, y, gate, shift, scale, kinds, eps, dtype)
 
 
 class Places(NamedTuple):
@@ -105,6 +116,19 @@ def _residual_norm_modulate_cuda(x, y, gate, shift, scale, kinds, eps):
     return out
 
 
+def _norm_quantize_triton(x, y, gate, shift, scale, kinds, eps, dtype) -> Quantized:
+    count, width = x.shape
+    norms = dtype == torch.float8_e4m3fn
+    out = empty_rows(count, width, dtype, x.device, norms)
+    _norm_quantize_kernel[(count,)](
+        x, x if y is None else y, *out[:2], out.norms if norms else out.scales, shift if gate is None else gate, shift,
+        scale, kinds, 0 if gate is None else gate.stride(0), shift.stride(0), width, eps,
+        HAS_Y=y is not None, CLIP=x.dtype == torch.float16, LARGEST=LARGEST[dtype], TINY=TINY, NORMS=norms,
+        BLOCK=triton.next_power_of_2(width), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
 def _qk_norm_rope_cuda(qkv, kinds, positions, weights, cos, sin, eps, places):
     count, _, heads, width = qkv.shape
     block = min(8, triton.next_power_of_2(heads))
@@ -119,7 +143,31 @@ def _qk_norm_rope_cuda(qkv, kinds, positions, weights, cos, sin, eps, places):
 
 
 if triton is not None:
-    from quantization.products import residual_norm_modulated
+
+    @triton.jit
+    def _residual_norm_modulated(
+        row, x, y, gate, shift, scale, kinds, gate_stride, stride, width, eps,
+        HAS_Y: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """What `residual_norm_modulate` computes, for one row: x is written, the result is float32 (BLOCK,)."""
+        columns = tl.arange(0, BLOCK)
+        inside = columns < width
+        at = row.to(tl.int64) * width + columns
+        kind = tl.load(kinds + row)
+        modulation = kind * stride + columns
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        if HAS_Y:
+            added = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+            value += tl.load(gate + kind * gate_stride + columns, mask=inside, other=0.0).to(tl.float32) * added
+            if CLIP:
+                value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
+            rounded = value.to(x.dtype.element_ty)
+            tl.store(x + at, rounded, mask=inside)
+            value = rounded.to(tl.float32)  # the norm reads what the next block will read
+        centred = tl.where(inside, value - tl.sum(value) / width, 0.0)
+        normed = centred * tl.rsqrt(tl.sum(centred * centred) / width + eps)
+        factor = 1.0 + tl.load(scale + modulation, mask=inside, other=0.0).to(tl.float32)
+        return normed * factor + tl.load(shift + modulation, mask=inside, other=0.0).to(tl.float32)
 
     @triton.jit
     def _residual_norm_modulate_kernel(
@@ -127,12 +175,29 @@ if triton is not None:
         HAS_Y: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0)
-        moved = residual_norm_modulated(
+        moved = _residual_norm_modulated(
             row, x, y, gate, shift, scale, kinds, gate_stride, stride, width, eps, HAS_Y, CLIP, BLOCK
         )
         columns = tl.arange(0, BLOCK)
         at, inside = row.to(tl.int64) * width + columns, columns < width
         tl.store(out + at, moved.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _norm_quantize_kernel(
+        x, y, values, scales, norms, gate, shift, scale, kinds, gate_stride, stride, width, eps,
+        HAS_Y: tl.constexpr, CLIP: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, NORMS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0)
+        moved = _residual_norm_modulated(
+            row, x, y, gate, shift, scale, kinds, gate_stride, stride, width, eps, HAS_Y, CLIP, BLOCK
+        )
+        moved = moved.to(x.dtype.element_ty).to(tl.float32)  # the same bits as in two kernels; beyond the row zeros
+        if NORMS:
+            tl.store(norms + row, tl.sqrt(tl.sum(moved * moved)))
+        columns = tl.arange(0, BLOCK)
+        at = row.to(tl.int64) * width + columns
+        store_quantized(moved, at, columns < width, values, scales, row, LARGEST, TINY)
 
     @triton.jit
     def _qk_norm_rope_kernel(

@@ -30,12 +30,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fast_path import attention, kernels
 from fast_path.graphs import Graphs
-from fast_path.kernels import Places, qk_norm_rope, residual_norm_modulate
+from fast_path.kernels import Places, qk_norm_rope, residual_norm_modulate, residual_norm_modulate_quantize
 from fast_path.modulation import Modulations
 from fast_path.unsupported import UnsupportedError
 from pipeline.content_cache import ContentCache
-from quantization.products import Quantized, residual_norm_modulate_quantize
-from quantization.layer import QuantizedLinear, QuantizedPair
+from quantization.layer import QuantizedLinear
+from quantization.pair import QuantizedPair
+from quantization.rows import Quantized
+from quantization.side_by_side import pack
 
 
 class Sample(NamedTuple):
@@ -310,8 +312,7 @@ class _Merged:
 
     def __init__(self, layers: list[nn.Linear]):
         self._layers = layers
-        self.weight = _merge([layer.weight for layer in layers])
-        self.bias = _merge([layer.bias for layer in layers])
+        self.weight, self.bias = pack(layers, "weight"), pack(layers, "bias")
 
     def check(self) -> None:
         whole = self.weight.untyped_storage().data_ptr()
@@ -342,13 +343,13 @@ def _alike(layers: QuantizedPair | tuple) -> bool:
     """Whether one quantisation of rows serves both layers."""
     if isinstance(layers, QuantizedPair):
         return True
-    return all(isinstance(layer, QuantizedLinear) for layer in layers) and layers[0].reads == layers[1].reads
+    return all(isinstance(layer, QuantizedLinear) for layer in layers) and layers[0].input_format == layers[1].input_format
 
 
 def _reads(layers: QuantizedPair | tuple) -> torch.dtype | None:
     """The 8-bit dtype that the norm before may write for both layers, or None."""
     if isinstance(layers, QuantizedPair):
-        return layers.norm_writes
+        return layers.norm_output_dtype
     return layers[0].eight_bit if _alike(layers) and not layers[0].group else None
 
 
@@ -376,15 +377,6 @@ def _by_two(
             if gelu:
                 y[rows] = F.gelu(y[rows], approximate="tanh")
     return y
-
-
-def _merge(parameters: list[nn.Parameter]) -> torch.Tensor:
-    """The parameters in one piece of memory, each of them a view of its part of it."""
-    first = parameters[0].data
-    whole = torch.cat([p.data for p in parameters])
-    for p, part in zip(parameters, whole.split(first.shape[0]), strict=True):
-        p.data = part
-    return whole
 
 
 @torch.no_grad()

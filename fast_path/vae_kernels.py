@@ -15,11 +15,7 @@ second, once for each number of channels (Triton keeps the result on disk).
 import torch
 import torch.nn.functional as F
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # PyTorch for the CPU comes without it
-    triton = None
+from quantization.languages import tl, triton
 
 # Scores of the attention that exist at once, in numbers: 256 MiB of float32. Longer pictures take turns of rows.
 MAX_SCORES = 2**26

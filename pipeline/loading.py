@@ -20,7 +20,9 @@ from transformers import Qwen2VLProcessor
 from fp8_linear import Fp8Linear
 from int8_linear import Int8Linear
 from pipeline.images import EditError
-from quantization.layer import QuantizedLinear, Swapped, is_quantized, load_quantized, move_quantized, swap_linears
+from quantization.folder import is_quantized, load_quantized
+from quantization.layer import QuantizedLinear
+from quantization.swap import Swapped, move_quantized, swap_linears
 
 POCKET_FOLDER = Path(__file__).resolve().parent.parent / "pocket_model" / "weights"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_fast_transformer import LAYOUTS, inputs, small_model, stock
+from small_models import LAYOUTS, inputs, small_model, stock
 
 from cached_pipeline import load_pipeline
 from fast_path import TokenCache, attention
@@ -16,7 +16,7 @@ from fast_path.transformer import FusedTransformer, Sample
 from fp8_linear import Fp8Linear
 from int8_linear import Int8Linear
 from pipeline.images import EditError
-from quantization.layer import swap_linears
+from quantization.swap import swap_linears
 
 ROOT = Path(__file__).parent.parent
 

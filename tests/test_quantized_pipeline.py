@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_fast_transformer import LAYOUTS, inputs, small_model, stock
-from test_int8_linear import KINDS, same_weights, sqnr_db
+from small_models import KINDS, LAYOUTS, inputs, same_weights, small_model, sqnr_db, stock
 from test_loading import write_lora
 
 import int8_linear
@@ -12,7 +11,7 @@ from fast_path.transformer import FusedTransformer
 from int8_linear import Int8Linear
 from pipeline import loading
 from pipeline.images import EditError
-from quantization.layer import default_filter, swap_linears
+from quantization.swap import default_filter, swap_linears
 
 
 @pytest.mark.parametrize("kind", KINDS)
