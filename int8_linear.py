@@ -91,7 +91,8 @@ def swap_linears(
 
     Returns `Swapped`: the names that were swapped, the reason for each layer that was not (also sizes that are no
     multiples of 16, subclasses of `nn.Linear`), and bytes of the swapped layers before and after. Printed it is a line.
-    Raises ValueError if `module` is itself a linear layer: use `Int8Linear.from_float`.
+    Raises ValueError, before anything is replaced, if `module` is itself a linear layer (use `Int8Linear.from_float`), or if the
+    filter returns anything but a text or None: also for True and False, which elsewhere mean "take it" and "leave it".
     """
     return swap.swap_linears(module, Int8Linear, filter, group, device)
 

@@ -72,13 +72,18 @@ def swap_linears(
 
     `group(name)` is the length of the rotation's groups. With `device`, layers are quantised there one after the other
     and stay there, those of one of `PACKED_GROUPS` in one buffer: no float layer of a model on the CPU is ever on the GPU
-    as a whole. Fuse a LoRA before. See `int8_linear.swap_linears`.
+    as a whole. Fuse a LoRA before. Raises QuantizationError, before anything is replaced, for a `module` that is
+    itself a linear layer and for a filter that returns anything but a text or None.
     """
     if isinstance(module, nn.Linear):
         raise QuantizationError(f"the module is a {type(module).__name__} itself. Allowed: a module that contains layers.")
     linears, skipped = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}, {}
     for name, linear in linears.items():
-        if why := filter(linear, name) or cannot_swap(linear, group(name)):
+        why = filter(linear, name)
+        if not isinstance(why, str | None):
+            allowed = "None to quantise the layer, or the reason not to, a text"
+            raise QuantizationError(f'the filter returned {why!r} for the layer "{name}". Allowed: {allowed}.')
+        if why := why or cannot_swap(linear, group(name)):
             skipped[name] = why
     wanted = {name: linear for name, linear in linears.items() if name not in skipped}
     after = 0

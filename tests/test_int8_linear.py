@@ -310,6 +310,14 @@ def test_a_layer_itself_is_no_model():
         swap_linears(linear())
 
 
+@pytest.mark.parametrize("answer", [True, False, 1])
+def test_a_filter_that_answers_yes_or_no_is_refused_before_anything_is_swapped(answer):
+    model = nn.Sequential(linear(), linear(256, 64))
+    with pytest.raises(ValueError, match=f"returned {answer}.*Allowed: None"):
+        swap_linears(model, lambda layer, name: None if name == "0" else answer)
+    assert all(type(layer) is nn.Linear for layer in model)
+
+
 def test_a_filter_of_ones_own_and_layers_that_cannot_be_swapped():
     class Special(nn.Linear):
         pass
