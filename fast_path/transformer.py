@@ -31,13 +31,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fast_path import attention, kernels
 from fast_path.graphs import Graphs
 from fast_path.kernels import Places, qk_norm_rope, residual_norm_modulate, residual_norm_modulate_quantize
+from fast_path.layers import Block
 from fast_path.modulation import Modulations
 from fast_path.unsupported import UnsupportedError
 from pipeline.content_cache import ContentCache
-from quantization.layer import QuantizedLinear
-from quantization.pair import QuantizedPair
 from quantization.rows import Quantized
-from quantization.side_by_side import pack
 
 
 class Sample(NamedTuple):
@@ -69,7 +67,7 @@ class FusedTransformer:
         first = transformer.transformer_blocks[0]
         self.heads, self.width = first.num_attention_heads, first.dim
         self.eps, self.qk_eps = first.img_norm1.eps, first.attn.norm_q.eps
-        self.blocks = [_Block(block) for block in transformer.transformer_blocks]
+        self.blocks = [Block(block) for block in transformer.transformer_blocks]
 
     @property
     def device(self) -> torch.device:
@@ -125,35 +123,35 @@ class FusedTransformer:
         if words is not None:
             x = torch.cat([model.txt_in(model.txt_norm(words)), x])
         kinds = attention.kinds
-        h = self._norm(self.blocks[0].reads_qkv, x, None, None, modulation[0, :, 0], modulation[0, :, 1], kinds)
+        h = self._norm(self.blocks[0].qkv_input_dtype, x, None, None, modulation[0, :, 0], modulation[0, :, 1], kinds)
         for i, block in enumerate(self.blocks[:-1]):
             now, then = modulation[i].unbind(1), modulation[i + 1].unbind(1)  # six of (K, D) each
             y = block.out(attention.hear(i, block, h), text)
-            h = self._norm(block.reads_mlp, x, y, now[2], now[3], now[4], kinds)
+            h = self._norm(block.mlp_input_dtype, x, y, now[2], now[3], now[4], kinds)
             y = block.mlp(h, text)
-            h = self._norm(self.blocks[i + 1].reads_qkv, x, y, now[5], then[0], then[1], kinds)
+            h = self._norm(self.blocks[i + 1].qkv_input_dtype, x, y, now[5], then[0], then[1], kinds)
         # The last block: keys and values of all, the rest for the noise alone.
         block, now, i = self.blocks[-1], modulation[-1].unbind(1), len(self.blocks) - 1
         heard = attention.hear(i, block, h, only_noise=True)
         x, kinds = x[attention.noise].contiguous(), kinds[attention.noise].contiguous()
-        h = self._norm(block.reads_mlp, x, block.out(heard, 0), now[2], now[3], now[4], kinds)
+        h = self._norm(block.mlp_input_dtype, x, block.out(heard, 0), now[2], now[3], now[4], kinds)
         y = block.mlp(h, 0)
         shift, scale = (out[:, j : j + 1].expand(-1, 3, -1).reshape(-1, self.width) for j in range(2))
         h = residual_norm_modulate(x, y, now[5], shift, scale, kinds, model.norm_out.norm.eps)
         return model.proj_out(h)
 
-    def _norm(self, reads: torch.dtype | None, x, y, gate, shift, scale, kinds: torch.Tensor) -> torch.Tensor | Quantized:
-        """`residual_norm_modulate`, for layers that read 8-bit rows straight into those."""
-        if reads is None:
+    def _norm(self, output_dtype: torch.dtype | None, x, y, gate, shift, scale, kinds: torch.Tensor) -> torch.Tensor | Quantized:
+        """`residual_norm_modulate`, in 8-bit rows of `output_dtype` if the layers after it read those."""
+        if output_dtype is None:
             return residual_norm_modulate(x, y, gate, shift, scale, kinds, self.eps)
-        return residual_norm_modulate_quantize(x, y, gate, shift, scale, kinds, self.eps, reads)
+        return residual_norm_modulate_quantize(x, y, gate, shift, scale, kinds, self.eps, output_dtype)
 
-    def qkv(self, block: "_Block", h: torch.Tensor | Quantized, text: int) -> torch.Tensor:
+    def qkv(self, block: Block, h: torch.Tensor | Quantized, text: int) -> torch.Tensor:
         """(R, 3, H, d), queries and keys not yet normed and turned."""
         return block.qkv(h, text).view(-1, 3, self.heads, self.width // self.heads)
 
     def norm_rope(
-        self, block: "_Block", qkv, kinds, positions, rope: tuple[torch.Tensor, torch.Tensor], to: Places | None, move_q=True
+        self, block: Block, qkv, kinds, positions, rope: tuple[torch.Tensor, torch.Tensor], to: Places | None, move_q=True
     ) -> None:
         """`qk_norm_rope` with the block's norms, or the same to 8 bits if that is what `to` holds."""
         given = (qkv, kinds, positions, block.norms, *rope, self.qk_eps)
@@ -162,13 +160,13 @@ class FusedTransformer:
         else:
             qk_norm_rope(*given, to if move_q else to._replace(q=None))
 
-    def attend(self, block: "_Block", q, k, v, alone: bool = False) -> torch.Tensor | Quantized:
+    def attend(self, block: Block, q, k, v, alone: bool = False) -> torch.Tensor | Quantized:
         """(B * R, D) from queries (B, R, H, d), keys and values (B, S, H, d).
 
         If they stand `alone`, nothing being put beside or taken from the result, it may be in 8 bits, as its layer reads it.
         """
         if k.dtype == attention.EIGHT:
-            if alone and block.reads_heard == attention.EIGHT:
+            if alone and block.out_input_dtype == attention.EIGHT:
                 return attention.attend_fp8(q, k, v, block.scales, eight_bit=True)
             return attention.attend_fp8(q, k, v, block.scales).to(block.norms.dtype).flatten(0, 1)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -242,7 +240,7 @@ class _Joint:
         self.text, self.kinds, self.noise = layout.text, layout.kinds, layout.noise
         self._alone = len(layout.runs) == 1 and layout.runs[0][1] == 1  # then the rows are in attention's order already
 
-    def hear(self, i: int, block: "_Block", h: torch.Tensor | Quantized, only_noise=False) -> torch.Tensor | Quantized:
+    def hear(self, i: int, block: Block, h: torch.Tensor | Quantized, only_noise=False) -> torch.Tensor | Quantized:
         """(R, D), or for the noise alone (N, D)."""
         fused, layout = self._fused, self._layout
         joint = qkv = fused.qkv(block, h, self.text)
@@ -258,125 +256,6 @@ class _Joint:
             heard.append(fused.attend(block, q, k, v, self._alone))
         heard = heard[0] if len(heard) == 1 else torch.cat(heard)
         return heard if self._alone or only_noise else heard[layout.places]
-
-
-class _Block:
-    """The layers of one block, for rows that begin with `text` rows of text. q, k and v share memory from here on."""
-
-    def __init__(self, block):
-        attn = block.attn
-        self._qkv = _pair([attn.add_q_proj, attn.add_k_proj, attn.add_v_proj], [attn.to_q, attn.to_k, attn.to_v])
-        norms = (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
-        self.norms = torch.stack([norm.weight.data for norm in norms]).view(2, 2, -1)  # [image or text][q or k]
-        self._values = (attn.to_v, attn.add_v_proj)
-        q, k = (attention.qk_scale(self.norms[:, i]) for i in range(2))
-        values = torch.empty(attn.heads, device=self.norms.device)
-        self.scales = attention.Scales(q, k, values, attention.heard_scale(values))
-        self.scale_values()
-        self._out = _pair([attn.to_add_out], [attn.to_out[0]])
-        self._up = _pair([block.txt_mlp.net[0].proj], [block.img_mlp.net[0].proj])
-        self._down = _pair([block.txt_mlp.net[2]], [block.img_mlp.net[2]])
-        self.reads_qkv, self.reads_heard, self.reads_mlp = _reads(self._qkv), _reads(self._out), _reads(self._up)
-
-    def qkv(self, h: torch.Tensor, text: int) -> torch.Tensor:
-        """(R, D) -> (R, 3 D)"""
-        return _by_two(self._qkv, h, text)
-
-    def check(self) -> None:
-        """RuntimeError if a layer's weight no longer is the part of the merged one that it was."""
-        for merged in self._qkv if isinstance(self._qkv, tuple) else ():
-            if isinstance(merged, _Merged):
-                merged.check()
-
-    @torch.no_grad()
-    def scale_values(self) -> None:
-        """What 8-bit values are scaled by, from the weights that make them; in place, where recordings read it."""
-        norms = torch.stack([_row_norms(layer) for layer in self._values]).amax(0)
-        self.scales.v.copy_(attention.value_scales(norms, len(self.scales.v)))
-        self.scales.heard.copy_(attention.heard_scale(self.scales.v))
-
-    def out(self, heard: torch.Tensor | Quantized, text: int) -> torch.Tensor:
-        """(R, D) -> (R, D)"""
-        return _by_two(self._out, heard, text)
-
-    def mlp(self, h: torch.Tensor, text: int) -> torch.Tensor:
-        """(R, D) -> (R, D). Where the rows between are quantised, the GELU is part of that and costs nothing."""
-        if isinstance(self._up, QuantizedPair) and isinstance(self._down, QuantizedPair):
-            return self._down(self._up.then(self._down, h, text), text)
-        late = _alike(self._down)
-        return _by_two(self._down, _by_two(self._up, h, text, gelu=not late), text, gelu_before=late)
-
-
-class _Merged:
-    """Linear layers of one input as one; the layers' parameters become views of its memory."""
-
-    def __init__(self, layers: list[nn.Linear]):
-        self._layers = layers
-        self.weight, self.bias = pack(layers, "weight"), pack(layers, "bias")
-
-    def check(self) -> None:
-        whole = self.weight.untyped_storage().data_ptr()
-        if any(layer.weight.untyped_storage().data_ptr() != whole for layer in self._layers):
-            raise RuntimeError(
-                "a layer's weight was replaced, not changed in place: the fast path has to be put in anew"
-            )
-
-
-def _pair(text: list, image: list) -> QuantizedPair | tuple:
-    """The text's layers and the image's, each side by side: one product for both, or one each."""
-    if QuantizedPair.possible(text, image):
-        return QuantizedPair(text, image)
-    return tuple(_merged(layers) if len(layers) > 1 else layers[0] for layers in (text, image))
-
-
-def _row_norms(layer: nn.Linear | QuantizedLinear) -> torch.Tensor:
-    """float32 (N,): the Euclidean norms of the weight's rows. A rotation changes none."""
-    norms = torch.linalg.vector_norm(layer.weight.float(), dim=1)
-    return norms * layer.scale if isinstance(layer, QuantizedLinear) else norms
-
-
-def _merged(layers: list) -> "_Merged | QuantizedLinear":
-    return QuantizedLinear.merged(layers) if isinstance(layers[0], QuantizedLinear) else _Merged(layers)
-
-
-def _alike(layers: QuantizedPair | tuple) -> bool:
-    """Whether one quantisation of rows serves both layers."""
-    if isinstance(layers, QuantizedPair):
-        return True
-    return all(isinstance(layer, QuantizedLinear) for layer in layers) and layers[0].input_format == layers[1].input_format
-
-
-def _reads(layers: QuantizedPair | tuple) -> torch.dtype | None:
-    """The 8-bit dtype that the norm before may write for both layers, or None."""
-    if isinstance(layers, QuantizedPair):
-        return layers.norm_output_dtype
-    return layers[0].eight_bit if _alike(layers) and not layers[0].group else None
-
-
-def _by_two(
-    layers: QuantizedPair | tuple, x: torch.Tensor | Quantized, text: int, gelu=False, gelu_before=False
-) -> torch.Tensor:
-    """The first layer on the first `text` rows, the second on the others, into one tensor."""
-    if isinstance(layers, QuantizedPair):
-        return layers(layers.quantize(x, gelu_before) if gelu_before else x, text, gelu)
-    if not isinstance(x, Quantized) and _alike(layers):
-        x = layers[0].quantize(x, gelu_before)
-    quantized = isinstance(x, Quantized)
-    like = layers[0].bias if quantized else x
-    y = like.new_empty(len(x.values if quantized else x), layers[0].weight.shape[0])
-    for layer, rows in zip(layers, (slice(0, text), slice(text, None)), strict=True):
-        part = x.part(rows) if quantized else x[rows]
-        if len(y[rows]) == 0:
-            continue
-        if isinstance(layer, QuantizedLinear):
-            layer(part, gelu, out=y[rows])
-        elif gelu and x.is_cuda:  # in the matrix product's epilogue, which has the tanh form, as the model has
-            torch._addmm_activation(layer.bias, part, layer.weight.t(), use_gelu=True, out=y[rows])
-        else:
-            torch.addmm(layer.bias, part, layer.weight.t(), out=y[rows])
-            if gelu:
-                y[rows] = F.gelu(y[rows], approximate="tanh")
-    return y
 
 
 @torch.no_grad()

@@ -126,7 +126,7 @@ def test_the_transformer_with_8_bit_attention_is_near_the_stock_one(layout, kind
     fused.eight_bit_attention = True
     got = fused.velocity(*wanted, layout, 750.0)
     assert sqnr_db(got, exact) > 25 and not torch.equal(got, before)
-    assert fused.blocks[0].reads_heard == (None if kind is None else kind.eight_bit)
+    assert fused.blocks[0].out_input_dtype == (None if kind is None else kind.eight_bit)
 
 
 def test_token_reuse_keeps_8_bit_keys_and_values():
