@@ -32,7 +32,7 @@ class Block:
         self._values = (attn.to_v, attn.add_v_proj)
         q, k = (attention.qk_scale(self.norms[:, i]) for i in range(2))
         values = torch.empty(attn.heads, device=self.norms.device)
-        self.scales = attention.Scales(q, k, values, attention.heard_scale(values))
+        self.scales = attention.Scales(q, k, values, attention.output_scale(values))
         self.scale_values()
         self._out = _streams([attn.to_add_out], [attn.to_out[0]])
         self._up = _streams([block.txt_mlp.net[0].proj], [block.img_mlp.net[0].proj])
@@ -68,7 +68,7 @@ class Block:
         """What 8-bit values are divided by, from the weights that make them; in place, where recordings read it."""
         norms = torch.stack([_row_norms(layer) for layer in self._values]).amax(0)
         self.scales.v.copy_(attention.value_scales(norms, len(self.scales.v)))
-        self.scales.heard.copy_(attention.heard_scale(self.scales.v))
+        self.scales.output.copy_(attention.output_scale(self.scales.v))
 
 
 class SeparateStreams:

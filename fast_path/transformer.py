@@ -9,17 +9,16 @@ memory between operations that do almost nothing. So here
 - the last block computes what the output reads: noise tokens. Its text and its references end as keys and values;
 - times are looked up (`modulation`), rotary tables are made once for each layout, and a whole step is one CUDA graph.
 
-Running the text's products beside the image's on a second GPU stream gained nothing on an H200: each fills the chip.
+Running the text's products on a second GPU stream while the image's run gained nothing on an H200: each fills the chip.
 
-The weights are the loaded model's own. q, k and v of each stream are moved into one piece of memory, and the layers'
-parameters become views of it, so that the stock model still runs on them and nothing is held twice.
+The weights are the loaded model's own (see `layers`).
 """
 
 import math
 import warnings
 import weakref
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fast_path import attention, kernels
 from fast_path.graphs import Graphs
-from fast_path.kernels import Places, qk_norm_rope, residual_norm_modulate, residual_norm_modulate_quantize
+from fast_path.kernels import Destinations, qk_norm_rope, residual_norm_modulate, residual_norm_modulate_quantize
 from fast_path.layers import Block
 from fast_path.modulation import Modulations
 from fast_path.unsupported import UnsupportedError
@@ -47,6 +46,24 @@ class Sample(NamedTuple):
     shapes: tuple[tuple[int, int, int], ...]  # (frames, rows, columns) of tokens: the output's, then each reference's
     time: float  # the schedule's timestep
     times: tuple[float, ...] = ()  # all that it will ask for: what a time costs to prepare is paid for all at once
+
+
+class Attention(Protocol):
+    """What `FusedTransformer.run` asks for: which rows a forward computes, and what they attend to.
+
+    Rows are (R, D): text first, then noise and references in any order. Each sample attends to itself (`_Joint`), or the
+    rows that changed attend to all tokens of their stream (`reuse`).
+    """
+
+    text: int  # how many of the rows, from the first, are text
+    row_types: torch.Tensor  # int32 (R,): rows of the modulation's tables, see `kernels`
+    noise: torch.Tensor | slice  # which rows are noise, in the order of the result
+
+    def attend(self, i: int, block: Block, h: torch.Tensor | Quantized, only_noise: bool = False) -> torch.Tensor | Quantized:
+        """The attention output (R, D) of block `i` for its normed input h (R, D); (N, D) for the noise if `only_noise`.
+
+        It may be `Quantized` if `block.out_input_dtype` is e4m3.
+        """
 
 
 class FusedTransformer:
@@ -112,49 +129,49 @@ class FusedTransformer:
         parts = tuple(part.view(latents.shape) for part, (latents, _, _) in zip(parts, samples, strict=True))
         return parts[0] if count == 1 else parts
 
-    def run(self, attention: "_Joint", words: torch.Tensor | None, pictures: torch.Tensor, modulation, out) -> torch.Tensor:
+    def run(self, strategy: Attention, words: torch.Tensor | None, pictures: torch.Tensor, modulation, out) -> torch.Tensor:
         """All blocks over rows of text, (T, J) or none, and of pictures, (R, C): (N, C) for the rows that are noise.
 
-        `attention` knows what the rows are (`text` of them text; `kinds`, and `noise` that are noise), and computes what
-        they hear. modulation (L, K, 6, D), a row for each kind; out (samples, 2, D).
+        `strategy` says what the rows are and attends for them. modulation: (L, K, 6, D), contiguous in L, a row for each row
+        type; out: (samples, 2, D), shift and scale of the last norm.
         """
-        model, text = self.transformer, attention.text
+        model, text = self.transformer, strategy.text
         x = model.img_in(pictures)
         if words is not None:
             x = torch.cat([model.txt_in(model.txt_norm(words)), x])
-        kinds = attention.kinds
-        h = self._norm(self.blocks[0].qkv_input_dtype, x, None, None, modulation[0, :, 0], modulation[0, :, 1], kinds)
+        row_types = strategy.row_types
+        h = self._norm(self.blocks[0].qkv_input_dtype, x, None, None, modulation[0, :, 0], modulation[0, :, 1], row_types)
         for i, block in enumerate(self.blocks[:-1]):
             now, then = modulation[i].unbind(1), modulation[i + 1].unbind(1)  # six of (K, D) each
-            y = block.out(attention.hear(i, block, h), text)
-            h = self._norm(block.mlp_input_dtype, x, y, now[2], now[3], now[4], kinds)
+            y = block.out(strategy.attend(i, block, h), text)
+            h = self._norm(block.mlp_input_dtype, x, y, now[2], now[3], now[4], row_types)
             y = block.mlp(h, text)
-            h = self._norm(self.blocks[i + 1].qkv_input_dtype, x, y, now[5], then[0], then[1], kinds)
+            h = self._norm(self.blocks[i + 1].qkv_input_dtype, x, y, now[5], then[0], then[1], row_types)
         # The last block: keys and values of all, the rest for the noise alone.
         block, now, i = self.blocks[-1], modulation[-1].unbind(1), len(self.blocks) - 1
-        heard = attention.hear(i, block, h, only_noise=True)
-        x, kinds = x[attention.noise].contiguous(), kinds[attention.noise].contiguous()
-        h = self._norm(block.mlp_input_dtype, x, block.out(heard, 0), now[2], now[3], now[4], kinds)
+        attended = strategy.attend(i, block, h, only_noise=True)
+        x, row_types = x[strategy.noise].contiguous(), row_types[strategy.noise].contiguous()
+        h = self._norm(block.mlp_input_dtype, x, block.out(attended, 0), now[2], now[3], now[4], row_types)
         y = block.mlp(h, 0)
         shift, scale = (out[:, j : j + 1].expand(-1, 3, -1).reshape(-1, self.width) for j in range(2))
-        h = residual_norm_modulate(x, y, now[5], shift, scale, kinds, model.norm_out.norm.eps)
+        h = residual_norm_modulate(x, y, now[5], shift, scale, row_types, model.norm_out.norm.eps)
         return model.proj_out(h)
 
-    def _norm(self, output_dtype: torch.dtype | None, x, y, gate, shift, scale, kinds: torch.Tensor) -> torch.Tensor | Quantized:
+    def _norm(self, output_dtype: torch.dtype | None, x, y, gate, shift, scale, row_types: torch.Tensor) -> torch.Tensor | Quantized:
         """`residual_norm_modulate`, in 8-bit rows of `output_dtype` if the layers after it read those."""
         if output_dtype is None:
-            return residual_norm_modulate(x, y, gate, shift, scale, kinds, self.eps)
-        return residual_norm_modulate_quantize(x, y, gate, shift, scale, kinds, self.eps, output_dtype)
+            return residual_norm_modulate(x, y, gate, shift, scale, row_types, self.eps)
+        return residual_norm_modulate_quantize(x, y, gate, shift, scale, row_types, self.eps, output_dtype)
 
     def qkv(self, block: Block, h: torch.Tensor | Quantized, text: int) -> torch.Tensor:
-        """(R, 3, H, d), queries and keys not yet normed and turned."""
+        """(R, 3, H, d), queries and keys neither normed nor rotated yet."""
         return block.qkv(h, text).view(-1, 3, self.heads, self.width // self.heads)
 
     def norm_rope(
-        self, block: Block, qkv, kinds, positions, rope: tuple[torch.Tensor, torch.Tensor], to: Places | None, move_q=True
+        self, block: Block, qkv, row_types, positions, rope: tuple[torch.Tensor, torch.Tensor], to: Destinations | None, move_q=True
     ) -> None:
         """`qk_norm_rope` with the block's norms, or the same to 8 bits if that is what `to` holds."""
-        given = (qkv, kinds, positions, block.norms, *rope, self.qk_eps)
+        given = (qkv, row_types, positions, block.norms, *rope, self.qk_eps)
         if to is not None and to.k.dtype == attention.EIGHT:
             attention.norm_rope_quantize(*given, block.scales, to, move_q)
         else:
@@ -163,7 +180,8 @@ class FusedTransformer:
     def attend(self, block: Block, q, k, v, alone: bool = False) -> torch.Tensor | Quantized:
         """(B * R, D) from queries (B, R, H, d), keys and values (B, S, H, d).
 
-        If they stand `alone`, nothing being put beside or taken from the result, it may be in 8 bits, as its layer reads it.
+        With `alone=True` the caller passes the result on whole (no concatenation, no indexing), so it may be returned as
+        8-bit rows, the form the output projection reads.
         """
         if k.dtype == attention.EIGHT:
             if alone and block.out_input_dtype == attention.EIGHT:
@@ -171,14 +189,14 @@ class FusedTransformer:
             return attention.attend_fp8(q, k, v, block.scales).to(block.norms.dtype).flatten(0, 1)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if not q.is_cuda:
-            heard = F.scaled_dot_product_attention(q, k, v)
+            attended = F.scaled_dot_product_attention(q, k, v)
         else:
             with sdpa_kernel(self._backend(q, k, v)):
-                heard = F.scaled_dot_product_attention(q, k, v)
-        return heard.transpose(1, 2).flatten(2).flatten(0, 1)
+                attended = F.scaled_dot_product_attention(q, k, v)
+        return attended.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def _backend(self, q, k, v) -> SDPBackend:
-        """Chosen by measurement for lengths of the same order: a prompt of one word more measures nothing anew."""
+        """Chosen by measurement for lengths of the same order: one more word in a prompt measures nothing again."""
         key = (q.shape[0], q.shape[2].bit_length(), k.shape[2].bit_length(), q.dtype)
         if key not in self.attention_backends:
             self.attention_backends[key] = _fastest_backend(q, k, v)
@@ -196,7 +214,7 @@ class FusedTransformer:
 
     def _layout(self, key: tuple) -> "_Layout":
         """Of samples of (shapes, B, T)."""
-        kinds, positions, places, noise, runs = ([], []), ([], []), ([], []), [], []
+        row_types, positions, destinations, noise, runs = ([], []), ([], []), ([], []), [], []
         begin = image = tables = 0
         texts = sum(batch * text for _, batch, text in key)
         for n, (shapes, batch, text) in enumerate(key):
@@ -204,16 +222,16 @@ class FusedTransformer:
             length = text + sum(tokens)
             runs.append((begin, batch, length, text, tokens[0]))
             for _ in range(batch):
-                kinds[0].append(torch.full((text,), 3 * n))
-                kinds[1].append(torch.full((length - text,), 3 * n + 2).index_fill_(0, torch.arange(tokens[0]), 3 * n + 1))
+                row_types[0].append(torch.full((text,), 3 * n))
+                row_types[1].append(torch.full((length - text,), 3 * n + 2).index_fill_(0, torch.arange(tokens[0]), 3 * n + 1))
                 positions[0].append(tables + torch.arange(text))
                 positions[1].append(tables + torch.arange(text, length))
-                places[0].append(begin + torch.arange(text))
-                places[1].append(begin + torch.arange(text, length))
+                destinations[0].append(begin + torch.arange(text))
+                destinations[1].append(begin + torch.arange(text, length))
                 noise.append(texts + image + torch.arange(tokens[0]))
                 begin, image = begin + length, image + length - text
             tables += length
-        rows = [torch.cat(a + b).int().to(self.device) for a, b in (kinds, positions, places)]
+        rows = [torch.cat(a + b).int().to(self.device) for a, b in (row_types, positions, destinations)]
         ropes = [self.rope(shapes, text) for shapes, _, text in key]
         cos, sin = (torch.cat(t) for t in zip(*ropes, strict=True))
         return _Layout(texts, *rows, torch.cat(noise).to(self.device), cos, sin, runs)
@@ -223,9 +241,9 @@ class _Layout(NamedTuple):
     """Of the rows of a forward, all text before all pictures; in attention each sample's text stands before its picture."""
 
     text: int
-    kinds: torch.Tensor  # int32 (R,): see `kernels`
-    positions: torch.Tensor  # int32 (R,), into cos and sin
-    places: torch.Tensor  # int32 (R,), the rows' places in attention
+    row_types: torch.Tensor  # int32 (R,): see `kernels`
+    positions: torch.Tensor  # int32 (R,), indices of cos and sin
+    destinations: torch.Tensor  # int32 (R,), the rows' indices in attention's order
     noise: torch.Tensor  # int64, the rows that are noise
     cos: torch.Tensor
     sin: torch.Tensor
@@ -237,25 +255,25 @@ class _Joint:
 
     def __init__(self, fused: FusedTransformer, layout: _Layout):
         self._fused, self._layout = fused, layout
-        self.text, self.kinds, self.noise = layout.text, layout.kinds, layout.noise
+        self.text, self.row_types, self.noise = layout.text, layout.row_types, layout.noise
         self._alone = len(layout.runs) == 1 and layout.runs[0][1] == 1  # then the rows are in attention's order already
 
-    def hear(self, i: int, block: Block, h: torch.Tensor | Quantized, only_noise=False) -> torch.Tensor | Quantized:
+    def attend(self, i: int, block: Block, h: torch.Tensor | Quantized, only_noise=False) -> torch.Tensor | Quantized:
         """(R, D), or for the noise alone (N, D)."""
         fused, layout = self._fused, self._layout
         joint = qkv = fused.qkv(block, h, self.text)
         to = None
         if fused.eight_bit_attention or not self._alone:
             joint = torch.empty_like(qkv, dtype=attention.EIGHT if fused.eight_bit_attention else qkv.dtype)
-            to = Places(*joint.unbind(1), None if self._alone else layout.places)
-        fused.norm_rope(block, qkv, self.kinds, layout.positions, (layout.cos, layout.sin), to)
-        heard = []
+            to = Destinations(*joint.unbind(1), None if self._alone else layout.destinations)
+        fused.norm_rope(block, qkv, self.row_types, layout.positions, (layout.cos, layout.sin), to)
+        attended = []
         for begin, batch, length, text, noise in layout.runs:
             q, k, v = joint[begin : begin + batch * length].view(batch, length, 3, *joint.shape[2:]).unbind(2)
             q = q[:, text : text + noise] if only_noise else q
-            heard.append(fused.attend(block, q, k, v, self._alone))
-        heard = heard[0] if len(heard) == 1 else torch.cat(heard)
-        return heard if self._alone or only_noise else heard[layout.places]
+            attended.append(fused.attend(block, q, k, v, self._alone))
+        attended = attended[0] if len(attended) == 1 else torch.cat(attended)
+        return attended if self._alone or only_noise else attended[layout.destinations]
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ ALIGNED = ("second", "columns", "depth", "width")
 TYPES = (
     dict.fromkeys(("row_scales", "column_scales", "norms", "limits", "out_scales", "scales"), "*fp32")
     | dict.fromkeys(("rows", "first", "second", "columns", "depth", "programs", "width", "stride", "gate_stride"), "i32")
-    | {"kinds": "*i32", "eps": "fp32"}
+    | {"row_types": "*i32", "eps": "fp32"}
 )
 
 

@@ -205,7 +205,7 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.08)):  # an u
             found = []
             for run in (kernels.qk_norm_rope, kernels._qk_norm_rope_cuda):
                 given, to = qkv.clone(), torch.zeros(3, 20, heads, 16, dtype=dtype)
-                where = kernels.Places(to[0] if "q" in moved else None, to[1], to[2], places) if moved else None
+                where = kernels.Destinations(to[0] if "q" in moved else None, to[1], to[2], places) if moved else None
                 run(given, kinds, positions, *rows, where)
                 found.append((given, to))
             for a, b in zip(*found, strict=True):
@@ -234,7 +234,7 @@ from fast_path import kernels
 
 def compiled(kernel, constants, types):
     names = kernel.arg_names
-    pointers = {"cos": "*fp32", "sin": "*fp32", "places": "*i32", "kinds": "*i32", "positions": "*i32", "eps": "fp32"}
+    pointers = {"cos": "*fp32", "sin": "*fp32", "destinations": "*i32", "row_types": "*i32", "positions": "*i32", "eps": "fp32"}
     integers = {name: "i32" for name in names if name.endswith("stride") or name == "width"}
     signature = {n: "constexpr" if n in constants else (pointers | integers).get(n, "*" + types) for n in names}
     source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()})
