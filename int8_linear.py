@@ -52,7 +52,7 @@ class Int8Linear(QuantizedLinear):
     `Int8Linear.from_float(linear)` makes one of an `nn.Linear`; `Int8Linear(K, N, bias)` an uninitialised one, for
     `load_state_dict`. Raises ValueError for K or N that are no multiples of 16, and for inputs of another width than K.
 
-    Source: the vector-wise quantisation of LLM.int8() (arXiv 2208.07339, section 2), without its float outliers.
+    Source: the vector-wise quantisation of LLM.int8() (arXiv 2208.07339), without its float outliers.
     """
 
     kind, eight_bit = "int8", torch.int8

@@ -40,6 +40,7 @@ class QuantizedLinear(nn.Module):
     choices = Choices(LAYERS)  # for all layers: those of one shape share what was measured
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True, *, group: int = 0, dtype=None, device=None):
+        """Uninitialised parameters; `dtype` is the bias's, by default torch's default dtype."""
         super().__init__()
         if why := refusal(inputs, outputs, group):
             raise QuantizationError(why)
@@ -222,6 +223,7 @@ class QuantizedLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        """What `print` says of the layer."""
         rotated = f", rotated by {self.group}" if self.group else ""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{rotated}"
 
