@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fast_path import attention
+from fast_path.attention import Scales, output_scale, qk_scale, value_scales
 from quantization.layer import QuantizedLinear
 from quantization.pair import QuantizedPair
 from quantization.rows import Quantized
@@ -30,9 +30,9 @@ class Block:
         norms = (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
         self.norms = torch.stack([norm.weight.data for norm in norms]).view(2, 2, -1)  # [image or text][q or k]
         self._values = (attn.to_v, attn.add_v_proj)
-        q, k = (attention.qk_scale(self.norms[:, i]) for i in range(2))
+        q, k = (qk_scale(self.norms[:, i]) for i in range(2))
         values = torch.empty(attn.heads, device=self.norms.device)
-        self.scales = attention.Scales(q, k, values, attention.output_scale(values))
+        self.scales = Scales(q, k, values, output_scale(values))
         self.scale_values()
         self._out = _streams([attn.to_add_out], [attn.to_out[0]])
         self._up = _streams([block.txt_mlp.net[0].proj], [block.img_mlp.net[0].proj])
@@ -67,8 +67,8 @@ class Block:
     def scale_values(self) -> None:
         """What 8-bit values are divided by, from the weights that make them; in place, where recordings read it."""
         norms = torch.stack([_row_norms(layer) for layer in self._values]).amax(0)
-        self.scales.v.copy_(attention.value_scales(norms, len(self.scales.v)))
-        self.scales.output.copy_(attention.output_scale(self.scales.v))
+        self.scales.v.copy_(value_scales(norms, len(self.scales.v)))
+        self.scales.output.copy_(output_scale(self.scales.v))
 
 
 class SeparateStreams:

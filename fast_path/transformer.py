@@ -27,13 +27,14 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fast_path import attention, kernels
+from fast_path.attention import EIGHT, attend_fp8, norm_rope_quantize
 from fast_path.graphs import Graphs
 from fast_path.kernels import Destinations, qk_norm_rope, residual_norm_modulate, residual_norm_modulate_quantize
 from fast_path.layers import Block
 from fast_path.modulation import Modulations
 from fast_path.unsupported import UnsupportedError
 from pipeline.content_cache import ContentCache
+from quantization.languages import triton
 from quantization.rows import Quantized
 
 
@@ -172,8 +173,8 @@ class FusedTransformer:
     ) -> None:
         """`qk_norm_rope` with the block's norms, or the same to 8 bits if that is what `to` holds."""
         given = (qkv, row_types, positions, block.norms, *rope, self.qk_eps)
-        if to is not None and to.k.dtype == attention.EIGHT:
-            attention.norm_rope_quantize(*given, block.scales, to, move_q)
+        if to is not None and to.k.dtype == EIGHT:
+            norm_rope_quantize(*given, block.scales, to, move_q)
         else:
             qk_norm_rope(*given, to if move_q else to._replace(q=None))
 
@@ -183,10 +184,10 @@ class FusedTransformer:
         With `alone=True` the caller passes the result on whole (no concatenation, no indexing), so it may be returned as
         8-bit rows, the form the output projection reads.
         """
-        if k.dtype == attention.EIGHT:
-            if alone and block.out_input_dtype == attention.EIGHT:
-                return attention.attend_fp8(q, k, v, block.scales, eight_bit=True)
-            return attention.attend_fp8(q, k, v, block.scales).to(block.norms.dtype).flatten(0, 1)
+        if k.dtype == EIGHT:
+            if alone and block.out_input_dtype == EIGHT:
+                return attend_fp8(q, k, v, block.scales, eight_bit=True)
+            return attend_fp8(q, k, v, block.scales).to(block.norms.dtype).flatten(0, 1)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if not q.is_cuda:
             attended = F.scaled_dot_product_attention(q, k, v)
@@ -264,7 +265,7 @@ class _Joint:
         joint = qkv = fused.qkv(block, h, self.text)
         to = None
         if fused.eight_bit_attention or not self._alone:
-            joint = torch.empty_like(qkv, dtype=attention.EIGHT if fused.eight_bit_attention else qkv.dtype)
+            joint = torch.empty_like(qkv, dtype=EIGHT if fused.eight_bit_attention else qkv.dtype)
             to = Destinations(*joint.unbind(1), None if self._alone else layout.destinations)
         fused.norm_rope(block, qkv, self.row_types, layout.positions, (layout.cos, layout.sin), to)
         attended = []
@@ -302,7 +303,7 @@ def _check(transformer) -> None:
     """UnsupportedError unless every layer is of the kind that is written down above, and on CUDA without Triton."""
     if type(transformer) is not QwenImageTransformer2DModel:
         raise UnsupportedError(f"the transformer is a {type(transformer).__name__}")
-    if transformer.device.type == "cuda" and kernels.triton is None:
+    if transformer.device.type == "cuda" and triton is None:
         raise UnsupportedError("its kernels need Triton, which is not installed")
     if hasattr(transformer, "_hf_hook"):
         raise UnsupportedError("the transformer is offloaded: its weights come and go")
