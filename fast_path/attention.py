@@ -1,14 +1,14 @@
 """Attention of 8-bit queries, keys and values, e4m3, on Hopper's tensor cores; and what makes them 8 bits.
 
-Twice the tensor cores' rate of bfloat16 and half the bytes. Each number keeps its own exponent, so scales need not be
-measured: they only have to keep numbers out of overflow and of what underflows (15 powers of two lie between). A norm
-and a rotation bound queries and keys, |x| <= sqrt(d) max|weight| (`qk_scale`); for values any bound within some powers
-of two of their usual size does, one for each head (`value_scales`). So every number is rounded as soon as it is known,
-and kept ones of other frames have the scales of new ones.
+It has twice the tensor cores' rate of bfloat16 and reads half the bytes. e4m3 is floating point, so scales need not be
+measured: they only have to keep numbers from overflowing and from underflowing, and 15 powers of two lie between the two.
+A norm and a rotation bound queries and keys, |x| <= sqrt(d) max|weight| (`qk_scale`). For values any bound within some
+powers of two of their usual size will do, one for each head (`value_scales`). So every number is rounded as soon as it is
+known, and keys and values that are cached from other frames have the same scales as new ones.
 
-Tensor cores of 8 bits want the summed dimension contiguous in both operands. For the second product that is the tokens,
-so values are transposed before it (`transposed_values`). And their tokens are put into another order: in each 16 the
-one in which a thread holds the first product's results where the second product's operand needs them, so that
+8-bit tensor cores want the summed dimension contiguous in both operands. For the second product that dimension is the
+tokens, so values are transposed before it (`transposed_values`). Their tokens are also put into another order: in each 16,
+the one in which a thread holds the first product's results where the second product's operand needs them, so that
 probabilities go from one product to the next without leaving their registers.
 
 On the CPU the same functions are written in PyTorch: the definition that the kernels are tested against.
