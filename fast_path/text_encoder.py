@@ -12,13 +12,12 @@ multiplied at once they have to lie side by side: their storage is laid out anew
 its part, so memory does not grow and the modules' own forward still runs, on the same numbers.
 
 There is no vocabulary head, no key/value cache and no batch: one picture and one prompt at a time. Layers may be 8-bit
-ones (`quantized_linear`); those of one input become one as the others do.
+ones (`quantization.layer`); those of one input become one as the others do.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -30,6 +29,7 @@ from fast_path.graphs import Graphs
 from fast_path.unsupported import UnsupportedError
 from fast_path.watch import foreign
 from quantization.layer import QuantizedLinear
+from quantization.side_by_side import pack, round_up
 
 Grid = tuple[int, int]  # (rows, columns) of patches
 
@@ -148,7 +148,7 @@ class FusedTextEncoder:
             raise ValueError(f"a batch of {len(embeds)} was given: rows are read one at a time")
         length = embeds.shape[1]
         if embeds.is_cuda:  # few lengths are recorded; the attention is causal, so rows behind the last change nothing
-            padding = _round_up(length, _LENGTHS) - length
+            padding = round_up(length, _LENGTHS) - length
             embeds, positions = F.pad(embeds, (0, 0, 0, padding)), F.pad(positions, (0, padding))
         return self.graphs.run(("read", skip), partial(self._read, skip), embeds, positions)[:, : length - skip]
 
@@ -303,7 +303,7 @@ def _check(text_encoder: nn.Module) -> None:
 
 def _check_alike(linears: list) -> None:
     """Raises UnsupportedError if layers of one input cannot be one layer."""
-    if len({linear.reads if isinstance(linear, QuantizedLinear) else None for linear in linears}) > 1:
+    if len({linear.input_format if isinstance(linear, QuantizedLinear) else None for linear in linears}) > 1:
         raise UnsupportedError(f"layers of one input are quantised in different ways: {linears}")
 
 
@@ -355,41 +355,13 @@ def _stack(linears: list[nn.Linear], device: torch.device, multiple: int = 1) ->
     """
     if isinstance(linears[0], QuantizedLinear):
         return linears[0].to(device) if len(linears) == 1 else QuantizedLinear.merged(linears, device)
-    starts = [0, *accumulate(_round_up(linear.out_features, multiple) for linear in linears)]
-    places = [slice(start, start + linear.out_features) for start, linear in zip(starts, linears)]
-    weight = _share([linear.weight for linear in linears], (starts[-1], linears[0].in_features), places, device)
-    if linears[0].bias is None:
-        return _Linear(weight, None)
-    return _Linear(weight, _share([linear.bias for linear in linears], (starts[-1],), places, device))
+    weight = pack(linears, "weight", device, rows=multiple)
+    return _Linear(weight, None if linears[0].bias is None else pack(linears, "bias", device, rows=multiple))
 
 
 def _widen(linear: nn.Linear, device: torch.device, multiple: int) -> _Linear | QuantizedLinear:
     """A Linear whose inputs are filled up to a multiple of `multiple`; the weights there are zeros."""
     if isinstance(linear, QuantizedLinear):
         return linear.to(device)
-    shape = (linear.out_features, _round_up(linear.in_features, multiple))
-    weight = _share([linear.weight], shape, [(slice(None), slice(linear.in_features))], device)
+    weight = pack([linear], "weight", device, columns=multiple)
     return _Linear(weight, None if linear.bias is None else linear.to(device).bias.data)
-
-
-def _share(parameters: list[nn.Parameter], shape: tuple[int, ...], places: list, device: torch.device) -> torch.Tensor:
-    """One tensor of `shape` on `device`, zeros but for the parameters, each of which becomes the view of it at its place.
-
-    Where they lie like that already, they are left alone: building anew beside an older one costs no memory.
-    """
-    first = parameters[0]
-    storage = first.untyped_storage()
-    if first.device == device and storage.nbytes() == math.prod(shape) * first.element_size():
-        shared = first.data.new_empty(0).set_(storage, 0, shape)
-        views = [shared[place] for place in places]
-        if all(p.data_ptr() == view.data_ptr() and p.stride() == view.stride() for p, view in zip(parameters, views)):
-            return shared
-    shared = first.data.new_zeros(shape, device=device)
-    for parameter, place in zip(parameters, places):
-        shared[place].copy_(parameter.data)
-        parameter.data = shared[place]
-    return shared
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -29,7 +29,7 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
 )
 from torch import nn
 
-from fast_path import vae_kernels
+import fast_path.vae_kernels as vae_kernels
 from fast_path.graphs import Graphs
 from fast_path.unsupported import UnsupportedError
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 
 from pipeline.images import EditError
-from quantization.layer import QuantizedLinear, Swapped, is_quantized, load_quantized, move_quantized, swap_linears
+from quantization.folder import is_quantized, load_quantized
+from quantization.layer import QuantizedLinear
+from quantization.swap import Swapped, move_quantized, swap_linears
 
 # What a frame does not read, or not as a whole: modulation of known times, the vocabulary head, the word table.
 UNREAD = {"img_mod", "txt_mod", "lm_head", "embed_tokens"}

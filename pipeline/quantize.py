@@ -13,8 +13,9 @@ from diffusers import QwenImageTransformer2DModel
 
 from pipeline import lora
 from pipeline.sampling import lightning_scheduler
-from quantization import layer as shared
-from quantization.layer import QuantizedLinear, Swapped, default_filter, no_rotation, rotate_down_projections
+from quantization.folder import prepare_folder, quantize_folder, save_quantized
+from quantization.layer import QuantizedLinear
+from quantization.swap import Swapped, default_filter, no_rotation, rotate_down_projections, swap_linears
 
 
 def quantize_main(kind: type[QuantizedLinear], description: str, arguments: list[str] | None = None) -> None:
@@ -33,7 +34,7 @@ def quantize_main(kind: type[QuantizedLinear], description: str, arguments: list
     rotation = rotate_down_projections if args.rotate else no_rotation
     try:
         if args.lora is None:
-            print(shared.quantize_folder(args.model, args.out, kind, rotation))
+            print(quantize_folder(args.model, args.out, kind, rotation))
         else:
             print(_quantize_with_lora(args, kind, rotation))
     except ValueError as error:
@@ -43,15 +44,15 @@ def quantize_main(kind: type[QuantizedLinear], description: str, arguments: list
 def _quantize_with_lora(args: argparse.Namespace, kind: type[QuantizedLinear], rotation) -> Swapped:
     """On the CPU, in bfloat16. Raises ValueError; then a folder that was new is gone again."""
     new = not args.out.exists()
-    shared.prepare_folder(args.model, args.out)
+    prepare_folder(args.model, args.out)
     try:
         transformer = QwenImageTransformer2DModel.from_pretrained(
             args.model / "transformer", torch_dtype=torch.bfloat16
         )
         changes, lightning = lora.open_lora(args.lora, transformer, args.lora_weight)
         lora.fuse(transformer, changes, args.lora_weight)
-        swapped = shared.swap_linears(transformer, kind, default_filter, rotation)
-        shared.save_quantized(transformer, args.out / "transformer")
+        swapped = swap_linears(transformer, kind, default_filter, rotation)
+        save_quantized(transformer, args.out / "transformer")
         if lightning:
             shutil.rmtree(args.out / "scheduler")
             lightning_scheduler().save_pretrained(args.out / "scheduler")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 torch.set_num_threads(2)
-pytest.register_assert_rewrite("lora_files", "page", "http_side", "stand_ins", "hopper")  # what tests share: its asserts say their numbers too
+pytest.register_assert_rewrite("page", "http_side", "stand_ins", "hopper", "small_models", "lora_files")  # what tests share: its asserts say their numbers too
 
 
 def make_photo(width: int = 256, height: int = 256, seed: int = 0) -> np.ndarray:

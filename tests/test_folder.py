@@ -19,7 +19,7 @@ def test_loading_tells_its_progress_and_describes_itself():
     description = pipe.description
     assert description | {"parameters": 0} == {
         "model": "pocket", "lora": None, "lora_weight": None, "scheduler": "lightning", "dtype": "float32",
-        "device": "cpu", "parameters": 0, "quantized": None, "attention_quantized": None,
+        "device": "cpu", "parameters": 0, "quantized": None, "attention_quantized": None, "fast_path": [],
     }  # fmt: skip
     assert description["parameters"] > 1_000_000
     json.dumps(description)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from lora_files import write_lora
-from test_fast_transformer import LAYOUTS, inputs, small_model, stock
-from test_int8_linear import KINDS, same_weights, sqnr_db
+from small_models import KINDS, LAYOUTS, inputs, same_weights, small_model, sqnr_db, stock
 
 from cached_pipeline import load_pipeline
 from fast_path.transformer import FusedTransformer
@@ -13,7 +12,7 @@ from pipeline import placement
 from pipeline.folder import POCKET_FOLDER
 from pipeline.images import EditError
 from pipeline.quantize import quantize_main
-from quantization.layer import default_filter, swap_linears
+from quantization.swap import default_filter, swap_linears
 
 
 @pytest.mark.parametrize("kind", KINDS)

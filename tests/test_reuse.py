@@ -6,7 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from test_fast_transformer import inputs, small_model
+from small_models import inputs, small_model
 
 from fast_path import TokenCache
 from fast_path.graphs import Graphs, _kind

@@ -575,7 +575,7 @@ def test_a_stock_pipeline_becomes_a_cached_one(pocket):
 
 
 def test_prompts_are_embedded_without_a_transformer_and_a_vae(pocket):
-    folder = pocket._origin["folder"]
+    folder = pocket._origin.folder
     pipe = CachedQwenImageEditPipeline.from_pretrained(folder, transformer=None, vae=None, dtype=torch.float32)
     embeds, mask = pipe.encode_prompt("make it a pencil sketch", np.zeros((64, 64, 3), np.uint8))
     expected, _ = pocket.encode_prompt("make it a pencil sketch", np.zeros((64, 64, 3), np.uint8))
