@@ -541,7 +541,7 @@ def test_layers_of_other_libraries_are_refused_by_name_and_the_plain_path_works(
 
 def test_a_lora_for_a_quantised_transformer_is_refused_by_name(plain, tmp_path):
     from int8_linear import Int8Linear
-    from quantization.layer import swap_linears
+    from quantization.swap import swap_linears
 
     swap_linears(plain.transformer, Int8Linear)
     with pytest.raises(EditError, match="quantised to int8"):
