@@ -457,5 +457,6 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     pipe._origin |= {"model": model, "folder": Path(folder)}
     pipe.attention_quantize = fast_path.attention_kind(pipe.transformer, attention_quantize, device)
-    loading.finish(pipe, device, (lora, lora_weight), None if parts else quantize, text_encoder_quantize, tell)
+    with held(pipe):  # nothing of it is anyone else's yet
+        loading.finish(pipe, device, (lora, lora_weight), None if parts else quantize, text_encoder_quantize, tell)
     return pipe
