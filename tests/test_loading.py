@@ -181,7 +181,8 @@ def test_loading_tells_its_progress_and_describes_itself():
     assert [f for _, f in said] == sorted(f for _, f in said)
     description = pipe.description
     assert description | {"parameters": 0} == {
-        "model": "pocket", "lora": None, "lora_weight": None, "scheduler": "lightning", "dtype": "float32",
+        "model": "pocket", "lora": None, "lora_weight": None, "fast_path": [],
+        "scheduler": "lightning", "dtype": "float32",
         "device": "cpu", "parameters": 0, "quantized": None, "attention_quantized": None,
     }  # fmt: skip
     assert description["parameters"] > 1_000_000
