@@ -463,7 +463,8 @@ def load_pipeline(
     pipe.attention_quantize = fast_path.attention_kind(pipe.transformer, attention_quantize, device)
     if parts:
         kinds["transformer"] = None
-    placement.finish(pipe, device, (lora, lora_weight), kinds, tell)
+    with held(pipe):  # nothing of it is anyone else's yet
+        placement.finish(pipe, device, (lora, lora_weight), kinds, tell)
     return pipe
 
 

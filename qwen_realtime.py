@@ -352,6 +352,7 @@ class RealtimeEngine:
         self._stages_ms: collections.deque[dict] = collections.deque(maxlen=_HISTORY_FRAMES)  # of computed frames
         self._computed: collections.deque[float] = collections.deque(maxlen=_HISTORY_FRAMES)
         self._cache_summary: dict[str, dict[str, int]] = {}
+        self._told_report: list | None = None  # the fast path's, as it stands in the description
 
     # Life
 
@@ -485,6 +486,13 @@ class RealtimeEngine:
             self._ready.set()
         while self._serve_next():
             pass
+
+    def _tell_fast_path(self) -> None:
+        """What the fast path had to leave out since the start, if its report is another one, goes to the description."""
+        report = getattr(getattr(self.pipeline, "fast_path", None), "report", None)  # stand-ins of the pipeline have none
+        if report and report is not self._told_report:
+            self._told_report = report
+            self.description = {**self.description, "fast_path": [line._asdict() for line in report]}
 
     def _why_overlap(self) -> str:
         if self._overlap:
@@ -630,6 +638,7 @@ class RealtimeEngine:
     def _collect(self, frame: _Frame) -> None:
         frame.image = self._editor.collect(frame.work)
         self._cache_summary = self.pipeline.cache_summary()
+        self._tell_fast_path()
 
     def _attempt(self, frames: list[_Frame], stage: Callable[[], None]) -> None:
         """Runs a stage of these frames of one session. What it raises becomes their error."""

@@ -252,6 +252,7 @@ class Models:
 
     def __post_init__(self):
         self.stock = QwenImageEditPlusPipelineWithMarks(**self.ours.components)
+        self.ours.fast_path.keep_weights = False  # the two take turns: the fast path is out when stock runs
         for pipeline in (self.ours, self.stock):
             pipeline.set_progress_bar_config(disable=True)
         self.ours.caches_enabled = False  # every picture is new: a cache would only cost its hashing

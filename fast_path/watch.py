@@ -7,7 +7,8 @@ fast path remembers the number that it was built for.
 
 What is compared is flat and was collected once: which objects a module holds (children, parameters, buffers, hooks,
 attributes of its own), each parameter's version counter and memory. All loops are C's. For the full-size transformer
-(60 blocks, 2,940 modules, 1,933 parameters) a look takes about 0.5 ms of the host and asks the GPU nothing.
+(60 blocks, 2,297 modules, 1,933 parameters) a look takes 1.1 ms of a slow shared core, and asks the GPU nothing; to see it for
+the first time, or changed, takes some 40 ms. A picture looks once at the transformer, once at the text encoder, twice at the VAE.
 
 Not seen: a weight changed through `.data` (torch counts no version there), and a number inside a list that a module
 holds. Whoever does that calls the pipeline's `clear_caches()`. Where hooks own the place of the weights (offloading,

@@ -14,8 +14,9 @@ class PromptReading:
 
     def _embed(self, prompt: str, pictures: list[Pictures]) -> torch.Tensor:
         """One row: (1, L, D)."""
-        key = (*self._reader(), self._dtype("transformer"), self.prompt_template_encode_start_idx, prompt)
-        return self._cached("prompt_embeds", key, lambda: self._run_text_encoder(prompt, pictures), *pictures)
+        reader = self._reader()
+        key = (*reader, self._dtype("transformer"), self.prompt_template_encode_start_idx, prompt)
+        return self._cached("prompt_embeds", key, lambda: self._run_text_encoder(prompt, pictures, reader), *pictures)
 
     def _reader(self) -> tuple:
         """What reads prompts and pictures, for keys: it changes whenever its answers could. The fast path follows it."""
@@ -23,15 +24,15 @@ class PromptReading:
         words, processor = self.tokenizer, getattr(self.processor, "image_processor", None)
         return (state, words, len(words), processor, self.prompt_template_encode, self._execution_device, stock.CONDITION_IMAGE_SIZE)
 
-    def _run_text_encoder(self, prompt: str, pictures: list[Pictures]) -> torch.Tensor:
+    def _run_text_encoder(self, prompt: str, pictures: list[Pictures], reader: tuple) -> torch.Tensor:
         if acts_as_a_whole(self.text_encoder):
             return self._run_whole_text_encoder(prompt, pictures).to(self._dtype("transformer"), copy=True)
-        features = [self._picture_features(p) for p in pictures]
+        features = [self._picture_features(p, reader) for p in pictures]
         grids = tuple(grid for _, grid in features)
         encoder = self.text_encoder
         (words, rows), positions, places = self._cached(
             "prompt_tokens",
-            (prompt, grids, *self._reader()),
+            (prompt, grids, *reader),
             lambda: self._words(prompt, grids),
         )
         # The language model under the vocabulary head; the head's 152k logits for each token would be thrown away.
@@ -63,9 +64,9 @@ class PromptReading:
         )  # fmt: skip
         return said.hidden_states[-1][:, self.prompt_template_encode_start_idx :]
 
-    def _picture_features(self, picture: Pictures) -> tuple[torch.Tensor, vision_language.Grid]:
+    def _picture_features(self, picture: Pictures, reader: tuple) -> tuple[torch.Tensor, vision_language.Grid]:
         """The vision tower's tokens (n, D) of one picture, and their rows and columns."""
-        return self._cached("picture_features", self._reader(), lambda: self._run_vision(picture), picture)
+        return self._cached("picture_features", reader, lambda: self._run_vision(picture), picture)
 
     def _patches(self, picture: Pictures) -> tuple[torch.Tensor, vision_language.Grid]:
         """A picture at the size that the model looks at, cut into patches; their rows and columns."""

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fast_path
-from cached_pipeline import CachedQwenImageEditPipeline
+from cached_pipeline import CachedQwenImageEditPipeline, load_pipeline
 from fast_path.watch import Component
 from pipeline.images import EditError
 
@@ -732,6 +732,26 @@ def test_the_longest_prompt_that_is_allowed_runs(plain):
     table = plain.transformer.pos_embed
     assert len(table([[(1, 2, 2), (1, 2, 2)]], max_txt_seq_len=4095, device=torch.device("cpu"))[1]) == 4095
     assert len(table([[(1, 2, 2), (1, 2, 2)]], max_txt_seq_len=4096, device=torch.device("cpu"))[1]) == 4095, "one is missing"
+
+
+def test_a_loaded_pipeline_may_move_its_weights():
+    pipe = load_pipeline("pocket")
+    assert not pipe.fast_path.keep_weights
+    pipe.enable_fast_path()
+    assert not pipe.fast_path.keep_weights and not copy.deepcopy(pipe).fast_path.keep_weights
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_eight_bit_layers_are_put_in_again_after_a_change(kind):
+    pipe = load_pipeline("pocket", quantize=kind, text_encoder_quantize=kind)
+    assert all(line.applied for line in pipe.enable_fast_path())
+    before = edit(pipe)
+    pipe.clear_caches()
+    assert torch.equal(edit(pipe), before)
+    in_place(pipe)
+    changed = edit(pipe)
+    pipe.disable_fast_path()
+    assert (changed - edit(pipe)).abs().max() < 0.05 < (changed - before).abs().max(), "the modulation is read again"
 
 
 def test_parts_are_those_of_the_pipeline():
