@@ -26,8 +26,8 @@ from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from fast_path.graphs import Graphs
+from fast_path.text_encoder_check import check, check_alike, check_towers
 from fast_path.unsupported import UnsupportedError
-from fast_path.watch import foreign
 from quantization.layer import QuantizedLinear
 from quantization.side_by_side import pack, round_up
 
@@ -38,8 +38,6 @@ Grid = tuple[int, int]  # (rows, columns) of patches
 _ALIGNMENT = 8
 # A CUDA graph is recorded for each length in multiples of this: one for most prompts.
 _LENGTHS = 32
-# Where the classes come from whose arithmetic is known here: a quantised or adapted layer has another home.
-_KNOWN_HOMES = (Qwen2_5_VLForConditionalGeneration.__module__, "transformers.activations")
 
 
 class _Norm(NamedTuple):
@@ -86,10 +84,10 @@ class FusedTextEncoder:
     """
 
     def __init__(self, text_encoder: Qwen2_5_VLForConditionalGeneration):
-        _check(text_encoder)
+        check(text_encoder)
         try:
             visual, language_model = text_encoder.model.visual, text_encoder.model.language_model
-            self._check_towers(visual, language_model)
+            check_towers(visual, language_model)
             self._merge, self._full = visual.spatial_merge_size, frozenset(visual.fullatt_block_indexes)
             self._window = visual.window_size // self._merge // visual.patch_size  # its side in merged tokens
             patches = visual.patch_embed.proj
@@ -104,7 +102,7 @@ class FusedTextEncoder:
             vision = [_vision_parts(block) for block in visual.blocks]
             text = [_text_parts(layer) for layer in language_model.layers]
             for _, qkv, _, _, gate_up, *_ in (*vision, *text):
-                _check_alike(qkv), _check_alike(gate_up)
+                check_alike(qkv), check_alike(gate_up)
         except AttributeError as error:  # another transformers than those this was written for
             raise UnsupportedError(f"this Qwen2.5-VL is built otherwise: {error}") from error
         home = patches.weight.device
@@ -196,19 +194,6 @@ class FusedTextEncoder:
             tuple((len(list(same)), size * merge**2) for size, same in groupby(windows, key=len)),
         )
 
-    @staticmethod
-    def _check_towers(visual: nn.Module, language_model: nn.Module) -> None:
-        """The settings under which the arithmetic here is the towers'. Raises UnsupportedError."""
-        patches = visual.patch_embed.proj
-        if patches.kernel_size != patches.stride or any(patches.padding) or patches.groups != 1:
-            raise UnsupportedError(
-                "the patch embedding's kernel is not its stride: not known here as one multiplication"
-            )
-        if any(layer.self_attn.sliding_window is not None for layer in language_model.layers):
-            raise UnsupportedError("the language model attends within a sliding window, which is not known here")
-        if language_model.rotary_emb.rope_type != "default":
-            raise UnsupportedError(f'the rotary positions are "{language_model.rotary_emb.rope_type}", not "default"')
-
 
 def _attend_(
     x: torch.Tensor,
@@ -271,40 +256,6 @@ def _halves(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.T
     """
     cos, sin = (table.unflatten(-1, (2, -1)).unsqueeze(1) for table in (cos, sin))
     return cos.contiguous(), torch.cat((-sin[:, :, :1], sin[:, :, 1:]), dim=2)
-
-
-def _check(text_encoder: nn.Module) -> None:
-    """Raises UnsupportedError unless this is a plain, loaded Qwen2.5-VL, all of it on one device in one dtype."""
-    if type(text_encoder) is not Qwen2_5_VLForConditionalGeneration:
-        raise UnsupportedError(
-            f"a {type(text_encoder).__name__} is not known here, only Qwen2_5_VLForConditionalGeneration"
-        )
-    for name, module in text_encoder.named_modules():
-        home = type(module).__module__
-        known = home in _KNOWN_HOMES or home.startswith("torch.nn.modules.") or isinstance(module, QuantizedLinear)
-        if not known and not hasattr(module, "base_layer"):
-            raise UnsupportedError(f"{name} is a {type(module).__name__}, which is not known here")
-    if reason := foreign(text_encoder):
-        raise UnsupportedError(reason)
-    kinds, language_model = set(), text_encoder.model.language_model
-    for module in text_encoder.modules():
-        if module is text_encoder.lm_head:
-            continue
-        for parameter in module.parameters(recurse=False):
-            if isinstance(module, QuantizedLinear) and parameter is not module.bias:
-                kinds.add((str(parameter.device), str(module.dtype)))
-                continue
-            may_lie_anywhere = module is language_model.embed_tokens  # see `FusedTextEncoder.unread`
-            place = language_model.norm.weight if may_lie_anywhere else parameter
-            kinds.add((str(place.device), str(parameter.dtype)))
-    if len(kinds) != 1:
-        raise UnsupportedError(f"the weights are not all of one kind: {sorted(kinds)}")
-
-
-def _check_alike(linears: list) -> None:
-    """Raises UnsupportedError if layers of one input cannot be one layer."""
-    if len({linear.input_format if isinstance(linear, QuantizedLinear) else None for linear in linears}) > 1:
-        raise UnsupportedError(f"layers of one input are quantised in different ways: {linears}")
 
 
 def _vision_parts(block: nn.Module) -> tuple:
