@@ -1,18 +1,18 @@
-"""The vision-language model as two functions of tensors that a CUDA graph can hold: what it sees, what it reads.
+"""The vision-language model as two functions of tensors that a CUDA graph can hold: `encode_image` and `encode_text`.
 
 transformers' vision tower asks the GPU how long its windows are and attends to them one after the other, in every
 block: 41 ms for one picture on an H200, for one teraflop of work. All of that follows from the picture's grid, so here
-it is worked out once for each grid, on the host, and kept. Attention does not care in which order windows come: they
+it is worked out once for each grid, on the host, and cached. Attention does not care in which order windows come: they
 are sorted by size, and all of one size are one batch. Inside there are no questions and no masks.
 
 Both towers are the same pre-norm block (RMS norm, attention with rotary positions, gated feed-forward), so one function
 runs either, in few kernels: what is multiplied with the same input is one multiplication (q/k/v; gate and up), the
 residual stream is added to in place, and a rotation is three kernels. The weights are the loaded modules' own. To be
-multiplied at once they have to lie side by side: their storage is laid out anew and each Parameter becomes a view of
-its part, so memory does not grow and the modules' own forward still runs, on the same numbers.
+one product, weights are packed into one buffer, of which each Parameter becomes a view (`quantization.side_by_side`): memory
+does not grow, and the modules' own forward still runs on the same numbers.
 
 There is no vocabulary head, no key/value cache and no batch: one picture and one prompt at a time. Layers may be 8-bit
-ones (`quantization.layer`); those of one input become one as the others do.
+ones (`quantization.layer`); those that share an input become one layer too.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ from quantization.side_by_side import pack, round_up
 Grid = tuple[int, int]  # (rows, columns) of patches
 
 # Matrix multiplications are at their fastest if rows begin at multiples of 16 bytes, 8 numbers in half precision. The
-# real vision tower's feed-forward is 3420 wide, which is none: its rows are kept 3424 apart.
+# real vision tower's feed-forward is 3420 wide, which is none: its rows begin 3424 numbers apart.
 _ALIGNMENT = 8
 # A CUDA graph is recorded for each length in multiples of this: one for most prompts.
 _LENGTHS = 32
@@ -66,17 +66,17 @@ class _Block(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """What follows from a grid of n patches. In window order, patches of a window and windows of a size are together."""
+    """What follows from a grid of n patches. In window order, patches of a window and windows of one size are contiguous."""
 
     order: torch.Tensor  # (n,) where each patch of window order comes from
-    back: torch.Tensor  # (n / merge^2,) where each merged token lies in window order
+    back: torch.Tensor  # (n / merge^2,) where each merged token is in window order
     cos: torch.Tensor  # (n, 1, 2, head_dim / 2) float32, in window order
     sin: torch.Tensor  # the same, the first half negated
     windows: tuple[tuple[int, int], ...]  # (how many windows, patches in each)
 
 
 class FusedTextEncoder:
-    """A loaded Qwen2.5-VL's vision tower (`see`) and language model (`read`), one CUDA graph replay each.
+    """A loaded Qwen2.5-VL's vision tower (`encode_image`) and language model (`encode_text`), one CUDA graph replay each.
 
     The results are the modules' own up to rounding (about 1e-6 in float32). Layers of `text_encoder` share their
     storage afterwards; build it again after moving the model, whose weights are elsewhere then. Raises UnsupportedError, and
@@ -96,7 +96,7 @@ class FusedTextEncoder:
             self._merger, self._merger_norm = visual.merger.mlp, _norm(visual.merger.ln_q)
             self._vision_rotary, self._text_rotary = visual.rotary_pos_emb, language_model.rotary_emb
             self._norm = _norm(language_model.norm)
-            # The vocabulary head, which nobody reads here, and the word table, of which `vision_language.word_rows` fetches a
+            # The vocabulary head, which nothing reads here, and the word table, of which `vision_language.word_rows` fetches a
             # prompt's rows: they may lie on the CPU.
             self.unread = (language_model.embed_tokens, text_encoder.lm_head)
             vision = [_vision_parts(block) for block in visual.blocks]
@@ -106,8 +106,8 @@ class FusedTextEncoder:
         except AttributeError as error:  # another transformers than those this was written for
             raise UnsupportedError(f"this Qwen2.5-VL is built otherwise: {error}") from error
         home = patches.weight.device
-        if home.type == "cuda" and not all(_lie_together(block.mlp.gate_proj, block.mlp.up_proj) for block in visual.blocks):
-            # Laid anew beside themselves, the blocks would leave holes too small for the next one: half a gigabyte of them.
+        if home.type == "cuda" and not all(_are_packed(block.mlp.gate_proj, block.mlp.up_proj) for block in visual.blocks):
+            # Packed on the GPU, the blocks would leave holes too small for the next block: half a gigabyte of them.
             visual.blocks.to("cpu")
             torch.cuda.empty_cache()
         self._vision_blocks = [_block(*parts, device=home) for parts in vision]
@@ -121,7 +121,7 @@ class FusedTextEncoder:
         return self._norm.weight.device
 
     @torch.no_grad()
-    def see(self, values: torch.Tensor, grid: Grid) -> torch.Tensor:
+    def encode_image(self, values: torch.Tensor, grid: Grid) -> torch.Tensor:
         """`visual(values, grid_thw=[[1, rows, columns]]).pooler_output`: (n, D) of n merged tokens, row by row.
 
         `values` (rows * columns, C * T * P * P) are one picture's patches as the image processor orders them. Raises
@@ -132,10 +132,10 @@ class FusedTextEncoder:
             raise ValueError(f"{len(values)} patches, grid {grid}: want rows * columns, multiples of {self._merge}")
         if grid not in self._layouts:
             self._layouts[grid] = self._lay_out(rows, columns)
-        return self.graphs.run(("see", grid), partial(self._see, self._layouts[grid]), values)
+        return self.graphs.run(("encode_image", grid), partial(self._encode_image, self._layouts[grid]), values)
 
     @torch.no_grad()
-    def read(self, embeds: torch.Tensor, positions: torch.Tensor, skip: int = 0) -> torch.Tensor:
+    def encode_text(self, embeds: torch.Tensor, positions: torch.Tensor, skip: int = 0) -> torch.Tensor:
         """`language_model(inputs_embeds=embeds, position_ids=positions).last_hidden_state[:, skip:]`.
 
         `embeds` (1, L, D) are tokens with the pictures' features in their places, `positions` (3, 1, L) their time, row
@@ -143,14 +143,14 @@ class FusedTextEncoder:
         Raises ValueError for a batch.
         """
         if len(embeds) != 1:
-            raise ValueError(f"a batch of {len(embeds)} was given: rows are read one at a time")
+            raise ValueError(f"a batch of {len(embeds)} was given. Allowed: 1")
         length = embeds.shape[1]
         if embeds.is_cuda:  # few lengths are recorded; the attention is causal, so rows behind the last change nothing
             padding = round_up(length, _LENGTHS) - length
             embeds, positions = F.pad(embeds, (0, 0, 0, padding)), F.pad(positions, (0, padding))
-        return self.graphs.run(("read", skip), partial(self._read, skip), embeds, positions)[:, : length - skip]
+        return self.graphs.run(("encode_text", skip), partial(self._encode_text, skip), embeds, positions)[:, : length - skip]
 
-    def _see(self, layout: _Layout, values: torch.Tensor) -> torch.Tensor:
+    def _encode_image(self, layout: _Layout, values: torch.Tensor) -> torch.Tensor:
         x = F.linear(values.to(self._patches.weight.dtype).index_select(0, layout.order), *self._patches)
         everything = ((1, len(x)),)
         for i, block in enumerate(self._vision_blocks):
@@ -160,7 +160,7 @@ class FusedTextEncoder:
         x = _normalise(x, self._merger_norm).view(len(layout.back), -1)
         return self._merger(x).index_select(0, layout.back)
 
-    def _read(self, skip: int, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _encode_text(self, skip: int, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         x = embeds[0].clone()  # it is added to, and the input is the caller's
         cos, sin = _halves(*(table[0] for table in self._text_rotary(embeds, positions)))
         for block in self._text_blocks[:-1]:
@@ -286,7 +286,7 @@ def _block(norm1, projections, out, norm2, gate_up, down, activation, heads, kv_
         activation, heads, kv_heads, scale,
     )  # fmt: skip
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # the pieces left behind are too small for the next block: they would pile up
+        torch.cuda.empty_cache()  # the freed pieces are too small for the next block: they would pile up
     return block
 
 
@@ -294,13 +294,13 @@ def _norm(norm: nn.Module) -> _Norm:
     return _Norm(norm.weight.data, norm.variance_epsilon)
 
 
-def _lie_together(*linears: nn.Linear) -> bool:
-    """Whether the layers' weights are parts of one memory."""
+def _are_packed(*linears: nn.Linear) -> bool:
+    """Whether the layers' weights are views of one buffer."""
     return len({linear.weight.untyped_storage().data_ptr() for linear in linears}) == 1
 
 
 def _stack(linears: list[nn.Linear], device: torch.device, multiple: int = 1) -> _Linear | QuantizedLinear:
-    """Linears of the same input as one, outputs side by side, each filled up with zeros to a multiple of `multiple`.
+    """Linear layers that share an input as one; each is padded with zeros to a multiple of `multiple` outputs.
 
     8-bit ones have such numbers of outputs as they are.
     """
@@ -311,7 +311,7 @@ def _stack(linears: list[nn.Linear], device: torch.device, multiple: int = 1) ->
 
 
 def _widen(linear: nn.Linear, device: torch.device, multiple: int) -> _Linear | QuantizedLinear:
-    """A Linear whose inputs are filled up to a multiple of `multiple`; the weights there are zeros."""
+    """A linear layer whose inputs are padded to a multiple of `multiple`; the weights there are zeros."""
     if isinstance(linear, QuantizedLinear):
         return linear.to(device)
     weight = pack([linear], "weight", device, columns=multiple)

@@ -42,7 +42,7 @@ class PromptReading:
             embeds[:, start:stop] = feature.to(embeds.dtype)
         start = self.prompt_template_encode_start_idx
         if self.fused_text_encoder is not None:
-            hidden = self.fused_text_encoder.read(embeds, positions, skip=start)
+            hidden = self.fused_text_encoder.encode_text(embeds, positions, skip=start)
         else:
             hidden = language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
             hidden = hidden[:, start:]
@@ -79,7 +79,7 @@ class PromptReading:
         values, (rows, columns) = self._patches(picture)
         merged = rows // visual.spatial_merge_size, columns // visual.spatial_merge_size
         if self.fused_text_encoder is not None:
-            return self.fused_text_encoder.see(values.to(dtype_of(visual)), (rows, columns)), merged
+            return self.fused_text_encoder.encode_image(values.to(dtype_of(visual)), (rows, columns)), merged
         grid = self._constant(("grid", rows, columns, device), lambda: torch.tensor([[1, rows, columns]]).to(device))
         return visual(values.to(dtype_of(visual)), grid_thw=grid).pooler_output, merged
 
