@@ -42,6 +42,7 @@ import fast_path
 from pipeline import denoising, loading, vision_language
 from pipeline.content_cache import ContentCache
 from pipeline.denoising import References
+from pipeline.geometry import in_shape, on_grid, padded
 from pipeline.images import EditError, Pictures, download, named, resample
 from pipeline.sampling import Schedule, noise_levels
 
@@ -54,6 +55,9 @@ _OUTPUT_TYPES = ("pil", "np", "pt", "latent", "uint8")
 
 class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
     """Stock arguments, stock result, in steps that can be called alone. No gradients; all on the pipeline's device.
+
+    The steps take the size of the picture in pixels, any whole numbers from 1 to MAX_SIDE. What lies between them is of
+    the grid that the model computes (see `geometry`): noise, latents, schedule; `decode` cuts back to the size.
 
     A reference picture is bytes, a PIL image, a numpy array as `images.open_image` takes it, a uint8 tensor (H, W, 3)
     or (B, H, W, 3), or a float tensor (3, H, W) or (B, 3, H, W) in [0, 1]. A list at the top holds the 1 to 3
@@ -185,32 +189,35 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
     ) -> References:
         """The references as packed latents, normalised as the transformer was trained (the distribution's mode).
 
-        `area` in pixels is what each is resized to, its aspect kept, sides rounded to 32; None is stock's 1024 * 1024,
-        "output" is `width * height`. A picture that has the area already, with sides in multiples of 16, is not
-        resized at all. Raises EditError for what is no picture, more than 3, or a batch that does not fit together.
+        `area` "output": the first is scaled to exactly `width` x `height`, so that each of its pixels lies where the
+        output's does; the others keep their shape, at the output's area. A number of pixels: each keeps its shape, at
+        that area. Both are whole, and padded to the grid (see `geometry`). None, or stock's 1024 * 1024, is stock's own
+        rule: sides rounded to 32, which moves pixels a little.
+        Raises EditError for what is no picture, more than 3, or a batch that does not fit together.
         """
         if area == "output":
             self._check_size(width, height)
-            area = width * height
-        elif area is None:
-            area = stock.VAE_IMAGE_SIZE
-        if not _is_whole(area, 32 * 32, MAX_SIDE**2):
+        elif area is not None and not _is_whole(area, 32 * 32, MAX_SIDE**2):
             raise EditError(f'The reference area is {area!r}. Allowed: None, "output", 1024 to {MAX_SIDE**2} pixels.')
         slots = self.open_references(images)
         batch = _common_batch([len(slot) for slot in slots])
         parts, shapes = [], []
-        for slot in slots:
-            w, h = slot.size
-            if w * h != area or w % self._unit or h % self._unit:
-                w, h = (max(32, side) for side in stock.calculate_dimensions(area, w / h))
+        for i, slot in enumerate(slots):
+            if area in (None, stock.VAE_IMAGE_SIZE):
+                w, h = (max(32, side) for side in stock.calculate_dimensions(stock.VAE_IMAGE_SIZE, _aspect(slot.size)))
+            elif area == "output" and i == 0:
+                w, h = width, height
+            else:
+                w, h = in_shape(slot.size, area=width * height if area == "output" else area, longest=MAX_SIDE)
             key = (id(self.vae), _dtype(self.vae), self._execution_device, self.single_frame_vae is None, w, h)
             part = self._cached("reference_latents", key, lambda s=slot, w=w, h=h: self._encode_pictures(s, w, h), slot)
             parts.append(part.expand(batch, -1, -1))
-            shapes.append((1, h // self._unit, w // self._unit))
+            columns, rows = (side // self._unit for side in self._grid(w, h))
+            shapes.append((1, rows, columns))
         return References(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), tuple(shapes))
 
     def _encode_pictures(self, pictures: Pictures, width: int, height: int) -> torch.Tensor:
-        pixels = resample(pictures.on(self._execution_device), width, height, "lanczos")
+        pixels = padded(resample(pictures.on(self._execution_device), width, height, "lanczos"), self._unit)
         (mean, std), dtype = self._latent_statistics(), _dtype(self.transformer)
         if self.single_frame_vae is not None:
             return self.single_frame_vae.encode_picture(pixels, mean, std, dtype)
@@ -222,11 +229,13 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
     # Step 3 -----------------------------------------------------------------------------------------------------------
 
     def schedule(self, steps: int, width: int, height: int, sigmas: list[float] | None = None) -> Schedule:
-        """The noise levels of `steps` steps for this output size (the shift depends on it), or of your own `sigmas`.
+        """The noise levels of `steps` steps for this output size, or of your own `sigmas`.
 
-        Same numbers as the scheduler's `set_timesteps`, and finite where that is not. Raises EditError.
+        The shift depends on the number of tokens: on the size that the model computes, which the Schedule holds. Same
+        numbers as the scheduler's `set_timesteps`, and finite where that is not. Raises EditError.
         """
         self._check_size(width, height)
+        width, height = self._grid(width, height)
         if sigmas is not None:
             sigmas = tuple(float(s) for s in sigmas)
             if not sigmas or not all(0.0 < s <= 1.0 for s in sigmas):
@@ -245,10 +254,11 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
     def initial_noise(self, width: int, height: int, seed=0, batch: int = 1) -> torch.Tensor:
         """Packed noise (B, N, 4z) as stock draws it: `seed` is a number or a generator, or a list of `batch` of them.
 
-        A number seeds a generator on the CPU: one seed means one picture on every device. One generator draws all
+        N = ceil(width / 16) ceil(height / 16), the tokens of the picture and of its padding. A number seeds a generator on the CPU: one seed means one picture on every device. One generator draws all
         rows, a list draws row by row; None draws from torch's global one. Noise of numbers is kept. Raises EditError.
         """
         self._check_size(width, height)
+        width, height = self._grid(width, height)
         seeds = seed if isinstance(seed, (list, tuple)) else [seed]
         if len(seeds) not in (1, batch):
             raise EditError(f"{len(seeds)} seeds were given for a batch of {batch}. Allowed: one, or one for each row.")
@@ -297,23 +307,29 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
-        """Packed latents (B, N, 4z) to pictures, uint8 (B, height, width, 3), on the pipeline's device."""
+        """Packed latents (B, N, 4z) to pictures, uint8 (B, height, width, 3), on the pipeline's device.
+
+        The padding that N has beyond `width` x `height` is cut off.
+        """
         if self.single_frame_vae is not None:
             self._check_size(width, height)
-            return self.single_frame_vae.decode_picture(latents, height, width, *self._latent_statistics())
+            w, h = self._grid(width, height)
+            pixels = self.single_frame_vae.decode_picture(latents, h, w, *self._latent_statistics())
+            return pixels[:, :height, :width].contiguous()
         return (self._decode(latents, width, height).float() * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1)
 
     def _decode(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
         """As `decode`, but (B, 3, height, width) in [0, 1], in the VAE's dtype."""
         self._check_size(width, height)
-        latents = self._unpack_latents(latents, height, width, self.vae_scale_factor)[:, :, 0].to(_dtype(self.vae))
+        w, h = self._grid(width, height)
+        latents = self._unpack_latents(latents, h, w, self.vae_scale_factor)[:, :, 0].to(_dtype(self.vae))
         mean, std = self._latent_statistics()
         latents = latents / (1.0 / std) + mean  # as stock writes it: the same rounding
         if self.single_frame_vae is not None:
             pixels = self.single_frame_vae.decode(latents)
         else:
             pixels = self.vae.decode(latents.unsqueeze(2), return_dict=False)[0][:, :, 0]
-        return (pixels * 0.5 + 0.5).clamp(0.0, 1.0)
+        return (pixels[:, :, :height, :width] * 0.5 + 0.5).clamp(0.0, 1.0)
 
     # All five ---------------------------------------------------------------------------------------------------------
 
@@ -347,17 +363,18 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
     ) -> QwenImagePipelineOutput | tuple:
         """Stock's arguments and result; see `QwenImageEditPlusPipeline.__call__`.
 
-        Beyond stock: `reference_area` as in `encode_references`; batches; `output_type` "uint8", a tensor
-        (B, H, W, 3). Raises EditError for what a person can change.
+        Beyond stock: `reference_area` as in `encode_references`, and with it any size, see `_output_size`; batches;
+        `output_type` "uint8", a tensor (B, H, W, 3). `latents` are those of `initial_noise`. Raises EditError for what a person can change.
         """
         if output_type not in _OUTPUT_TYPES:
             raise EditError(f"The output type is {output_type!r}. Allowed: {', '.join(_OUTPUT_TYPES)}.")
         slots = self.open_references(image)
-        width, height = self._output_size(width, height, slots[-1].size)
+        width, height = self._output_size(width, height, slots, reference_area)
         if prompt_embeds is None:
             prompt = vision_language.prompts(prompt, may_be_empty=False)
+        grid_width, grid_height = self._grid(width, height)
         self.check_inputs(
-            prompt, height, width, negative_prompt, prompt_embeds, negative_prompt_embeds, prompt_embeds_mask,
+            prompt, grid_height, grid_width, negative_prompt, prompt_embeds, negative_prompt_embeds, prompt_embeds_mask,
             negative_prompt_embeds_mask, list(callback_on_step_end_tensor_inputs), max_sequence_length,
         )  # fmt: skip
         self._guidance_scale, self._attention_kwargs, self._interrupt = guidance_scale, attention_kwargs or {}, False
@@ -391,16 +408,27 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
         self.maybe_free_model_hooks()
         return QwenImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _output_size(self, width: int | None, height: int | None, reference: tuple[int, int]) -> tuple[int, int]:
-        """As stock: a side not given follows from a megapixel at the last reference's aspect; both round down to 16."""
-        default = stock.calculate_dimensions(1024 * 1024, reference[0] / reference[1])
-        sides = []
-        for name, side, other in (("width", width, default[0]), ("height", height, default[1])):
-            side = other if side is None else side
-            if not _is_whole(side, self._unit, MAX_SIDE):
-                raise EditError(f"The {name} is {side!r}. Allowed: {self._unit} to {MAX_SIDE} pixels.")
-            sides.append(side // self._unit * self._unit)
-        return sides[0], sides[1]
+    def _output_size(
+        self, width: int | None, height: int | None, slots: list[Pictures], area: int | str | None
+    ) -> tuple[int, int]:
+        """The output's size. With stock's area as stock: a side not given follows from a megapixel at the last
+        reference's aspect, and both round down to 16. Else any whole number, and the first reference's shape: of a side
+        that is not given, or of both, which then have the references' area ("output": that of `default_size`).
+        """
+        is_stock = area in (None, stock.VAE_IMAGE_SIZE)
+        low = self._unit if is_stock else 1
+        for name, side in (("width", width), ("height", height)):
+            if not (side is None or _is_whole(side, low, MAX_SIDE)):
+                raise EditError(f"The {name} is {side!r}. Allowed: a whole number from {low} to {MAX_SIDE} pixels.")
+        if is_stock:
+            default = stock.calculate_dimensions(1024 * 1024, _aspect(slots[-1].size))
+            width, height = (own if own is not None else side for own, side in zip((width, height), default, strict=True))
+            width, height = (side // self._unit * self._unit for side in (width, height))
+        else:
+            own = self.default_size**2 if isinstance(area, str) else area
+            width, height = in_shape(slots[0].size, width=width, height=height, area=own, longest=MAX_SIDE)
+        self._check_size(width, height)
+        return width, height
 
     def _step_end(self, callback: Callable | None, inputs: list[str], schedule: Schedule, bar):
         """Stock's `callback_on_step_end` as `denoise` calls it."""
@@ -553,11 +581,12 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
         return device
 
     def _check_size(self, width, height) -> None:
-        for side in (width, height):
-            if not _is_whole(side, self._unit, MAX_SIDE) or side % self._unit:
-                raise EditError(
-                    f"The size is {width}x{height}. Allowed: multiples of {self._unit}, {self._unit} to {MAX_SIDE}."
-                )
+        if not (_is_whole(width, 1, MAX_SIDE) and _is_whole(height, 1, MAX_SIDE)):
+            raise EditError(f"The size is {width}x{height}. Allowed: whole numbers from 1 to {MAX_SIDE}.")
+
+    def _grid(self, width: int, height: int) -> tuple[int, int]:
+        """The size that the model computes for an output of this size."""
+        return on_grid(width, height, self._unit)
 
     def _latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The latents' mean and standard deviation as the VAE's config gives them: (z, 1, 1) each."""
@@ -631,6 +660,10 @@ def load_pipeline(
 def _dtype(module: torch.nn.Module) -> torch.dtype:
     """The first parameter's; `module.dtype` walks through all of them (5 ms with the full-size transformer)."""
     return next(module.parameters()).dtype
+
+
+def _aspect(size: tuple[int, int]) -> float:
+    return size[0] / size[1]
 
 
 def _common_batch(sizes: list[int]) -> int:
