@@ -42,7 +42,7 @@ import fast_path
 from pipeline import denoising, loading, vision_language
 from pipeline.content_cache import ContentCache
 from pipeline.denoising import References
-from pipeline.geometry import in_shape, on_grid, padded
+from pipeline.geometry import in_shape, on_grid, padded, same_shape
 from pipeline.images import EditError, Pictures, download, named, resample
 from pipeline.sampling import Schedule, noise_levels
 
@@ -427,6 +427,9 @@ class CachedQwenImageEditPipeline(QwenImageEditPlusPipeline):
         else:
             own = self.default_size**2 if isinstance(area, str) else area
             width, height = in_shape(slots[0].size, width=width, height=height, area=own, longest=MAX_SIDE)
+            if area == "output" and not same_shape(slots[0].size, (width, height)):
+                text = "The first picture, {}x{}, is scaled to {}x{}, another shape. Name one side only and it keeps its own."
+                stock.logger.warning(text.format(*slots[0].size, width, height))
         self._check_size(width, height)
         return width, height
 

@@ -64,7 +64,7 @@ def similarity(measure: str, now: np.ndarray, before: np.ndarray) -> float:
     "patch" is 1 minus the mean absolute difference of that patch of 16 by 16 which changed most, on the same scale.
     """
     if measure == "frame":
-        a, b = now - 127.5, before - 127.5
+        a, b = now.astype(np.float64) - 127.5, before.astype(np.float64) - 127.5
         floor = CONTRAST**2 * a.size
         cosine = ((a * b).sum() + floor) / np.sqrt((np.square(a).sum() + floor) * (np.square(b).sum() + floor))
         light = 1.0 - np.abs((now - before).mean(axis=(0, 1))).max() / 255.0

@@ -63,9 +63,9 @@ def in_shape(
         return width, max(1, round(width * h / w))
     if height is not None:
         return max(1, round(height * w / h)), height
-    if abs(w * h - area) <= (w + h) / 2 and max(w, h) <= longest:
-        return w, h
     long, short = max(w, h), min(w, h)
+    if abs(w * h - area) <= short + long / 2 + 1 and long <= longest:  # the most that the rounding below leaves
+        return w, h
     first = min(longest, max(1, round(math.sqrt(area * long / short))))  # the longer side: its rounding costs the least
     second = max(1, round(first * short / long))
     return (first, second) if w >= h else (second, first)

@@ -160,9 +160,11 @@ def test_a_picture_of_another_form_is_refused(engine, bad):
 
 def test_open_sizes_take_the_default_and_the_largest_output_is_bounded(fake):
     with RealtimeEngine(fake, EngineConfig(default_size=128, max_pixels=128 * 128)) as engine:
-        assert engine.edit([grey()], edit(height=64), timeout=PATIENCE_S).image.shape == (64, 128, 3)
+        assert engine.edit([grey()], edit(), timeout=PATIENCE_S).image.shape == (128, 128, 3)
+        assert engine.edit([grey(128, 64)], edit(height=64), timeout=PATIENCE_S).image.shape == (64, 128, 3)
+        assert engine.edit([grey(100, 67)], edit(), timeout=PATIENCE_S).image.shape == (105, 156, 3)
         with pytest.raises(EditError, match=r"256x128, 32,768 pixels. Allowed: 16,384"):
-            engine.edit([grey()], edit(width=256))
+            engine.edit([grey(128, 64)], edit(width=256))
 
 
 def test_cfg_encodes_the_negative_prompt_and_an_empty_one_as_a_space(engine, fake):
@@ -177,7 +179,7 @@ def test_the_reference_area_reaches_the_pipeline(engine, fake):
     engine.edit([grey(192, 64)], edit(width=96, height=80), timeout=PATIENCE_S)
     engine.edit([grey(192, 64)], edit(width=96, height=80, reference_area="stock"), timeout=PATIENCE_S)
     assert [call[1:] for call in fake.calls if call[0] == "references"] == [
-        ([(80, 96, 3)], 96 * 80, 96, 80), ([(64, 192, 3)], None, 96, 80)
+        ([(80, 96, 3)], "output", 96, 80), ([(64, 77, 3)], None, 96, 80)
     ]  # fmt: skip
 
 
