@@ -617,6 +617,16 @@ def test_any_change_of_prompt_or_setting_or_size_computes_a_frame(fake):
             assert [result.skipped for result in results[1:]] == [True, False], change
 
 
+@pytest.mark.parametrize("measure", ["frame", "patch"])
+def test_a_scene_after_two_black_frames_and_a_lamp_that_goes_out_are_computed_at_once(fake, measure):
+    scene = np.random.default_rng(0).integers(60, 200, (64, 64, 3)).astype(np.uint8)
+    black, dim = np.zeros_like(scene), scene // 3
+    params = edit(skip_similar=measure)
+    with RealtimeEngine(fake, draw=lambda: 0.0) as engine, engine.open_session() as session:
+        results = serve(session, *[(picture, params) for picture in (black, black, scene, scene, dim, dim)])
+    assert [result.skipped for result in results] == [False, True] * 3
+
+
 def test_a_still_picture_is_computed_again_after_the_most_skips(fake):
     params = edit(skip_similar="patch", max_skipped=2)
     with RealtimeEngine(fake, draw=lambda: 0.0) as engine, engine.open_session() as session:
