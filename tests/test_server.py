@@ -297,6 +297,15 @@ def test_a_bad_message_is_answered_with_an_error_and_the_stream_goes_on(address,
     assert result["number"] == 2 and result["meta"]["prompt"] == "negative"
 
 
+@pytest.mark.parametrize("size, shape", [({}, (46, 90)), ({"width": 75}, (38, 75)), ({"height": 75}, (75, 148))])
+def test_a_live_frame_without_a_size_or_with_one_side_keeps_its_shape(address, photo, size, shape):
+    with Browser(address) as browser:
+        browser.params(prompt="keep", **size)
+        browser.frame(1, photo(97, 49))
+        result = browser.until("picture")
+    assert result["image"].shape == (*shape, 3) and result["meta"]["notes"] == []
+
+
 def test_stop_frees_the_session_sends_no_more_and_a_new_frame_starts_again(address, engine, stub):
     with Browser(address) as browser:
         browser.params(prompt="negative")

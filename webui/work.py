@@ -153,7 +153,9 @@ def telling_name(params: EditParams) -> str:
 def save_png(result: EditResult, model: str) -> str:
     """A PNG with a telling name and its settings inside, as `settings_inside` reads them back."""
     path = new_folder() / f"{telling_name(result.params)}.png"
-    text = {name: str(value) for name, value in asdict(result.params).items()} | {"model": model}
+    height, width = result.image.shape[:2]  # also where they followed from the picture
+    made = asdict(result.params) | {"width": width, "height": height, "model": model}
+    text = {name: str(value) for name, value in made.items()}
     path.write_bytes(encode_png(result.image, text))
     return str(path)
 
