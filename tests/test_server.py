@@ -297,7 +297,7 @@ def test_a_bad_message_is_answered_with_an_error_and_the_stream_goes_on(address,
     assert result["number"] == 2 and result["meta"]["prompt"] == "negative"
 
 
-@pytest.mark.parametrize("size, shape", [({}, (46, 90)), ({"width": 75}, (38, 75)), ({"height": 75}, (75, 148))])
+@pytest.mark.parametrize("size, shape", [({}, (45, 90)), ({"width": 75}, (38, 75)), ({"height": 75}, (75, 148))])
 def test_a_live_frame_without_a_size_or_with_one_side_keeps_its_shape(address, photo, size, shape):
     with Browser(address) as browser:
         browser.params(prompt="keep", **size)
