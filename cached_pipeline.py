@@ -43,6 +43,7 @@ from int8_linear import Int8Linear
 from pipeline import denoising, folder, placement, vision_language
 from pipeline.content_cache import ContentCache
 from pipeline.denoising import References
+from pipeline.geometry import aspect, in_shape, on_grid, padded
 from pipeline.images import EditError, Pictures, named, resample
 from pipeline.lora import Origin, replace_lora
 from pipeline.prompt_reading import PromptReading
@@ -58,6 +59,9 @@ QUANTIZATIONS = {kind.kind: kind for kind in (Int8Linear, Fp8Linear)}
 
 class CachedQwenImageEditPipeline(StockCall, PromptReading, StockMethods):
     """Stock arguments, stock result, in steps that can be called alone. No gradients; all on the pipeline's device.
+
+    The steps take the size of the picture in pixels, any whole numbers from 1 to MAX_SIDE. What lies between them is of
+    the grid that the model computes (see `geometry`): noise, latents, schedule; `decode` cuts back to the size.
 
     A reference picture is bytes, a PIL image, a numpy array as `images.open_image` takes it, a uint8 tensor (H, W, 3)
     or (B, H, W, 3), or a float tensor (3, H, W) or (B, 3, H, W) in [0, 1]. A list at the top holds the
@@ -137,33 +141,36 @@ class CachedQwenImageEditPipeline(StockCall, PromptReading, StockMethods):
     ) -> References:
         """The references as packed latents, normalised as the transformer was trained (the distribution's mode).
 
-        `area` in pixels is what each is resized to, its aspect kept, sides rounded to 32; None is stock's 1024 * 1024,
-        "output" is `width * height`. A picture that has the area already, with sides in multiples of 16, is not
-        resized at all. Raises EditError for what is no picture or a batch that does not fit together.
+        `area` "output": the first is scaled to exactly `width` x `height`, so that each of its pixels lies where the
+        output's does; the others keep their shape, at the output's area. A number of pixels: each keeps its shape, at
+        that area. Both are whole, and padded to the grid (see `geometry`). None, or stock's 1024 * 1024, is stock's own
+        rule: sides rounded to 32, which moves pixels a little.
+        Raises EditError for what is no picture or a batch that does not fit together.
         """
         if area == "output":
             self._check_size(width, height)
-            area = width * height
-        elif area is None:
-            area = stock.VAE_IMAGE_SIZE
-        if not is_whole(area, 32 * 32, MAX_SIDE**2):
+        elif area is not None and not is_whole(area, 32 * 32, MAX_SIDE**2):
             raise EditError(f'The reference area is {area!r}. Allowed: None, "output", 1024 to {MAX_SIDE**2} pixels.')
         slots = self.open_references(images, most=None)
         batch = common_batch([len(slot) for slot in slots])
         state = self.fast_path.look(self, "vae")
         parts, shapes = [], []
-        for slot in slots:
-            w, h = slot.size
-            if w * h != area or w % self._unit or h % self._unit:
-                w, h = (max(32, side) for side in stock.calculate_dimensions(area, w / h))
+        for i, slot in enumerate(slots):
+            if area in (None, stock.VAE_IMAGE_SIZE):
+                w, h = (max(32, side) for side in stock.calculate_dimensions(stock.VAE_IMAGE_SIZE, aspect(slot.size)))
+            elif area == "output" and i == 0:
+                w, h = width, height
+            else:
+                w, h = in_shape(slot.size, area=width * height if area == "output" else area, longest=MAX_SIDE)
             key = (state, self._execution_device, self._dtype("transformer"), self.single_frame_vae is None, w, h)
             part = self._cached("reference_latents", key, lambda s=slot, w=w, h=h: self._encode_pictures(s, w, h), slot)
             parts.append(part.expand(batch, -1, -1))
-            shapes.append((1, h // self._unit, w // self._unit))
+            columns, rows = (side // self._unit for side in self._grid(w, h))
+            shapes.append((1, rows, columns))
         return References(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), tuple(shapes))
 
     def _encode_pictures(self, pictures: Pictures, width: int, height: int) -> torch.Tensor:
-        pixels = resample(pictures.on(self._execution_device), width, height, "lanczos")
+        pixels = padded(resample(pictures.on(self._execution_device), width, height, "lanczos"), self._unit)
         (mean, std), dtype = self._latent_statistics(), self._dtype("transformer")
         if self.single_frame_vae is not None:
             return self.single_frame_vae.encode_picture(pixels, mean, std, dtype)
@@ -175,11 +182,13 @@ class CachedQwenImageEditPipeline(StockCall, PromptReading, StockMethods):
     # Step 3 -----------------------------------------------------------------------------------------------------------
 
     def schedule(self, steps: int, width: int, height: int, sigmas: list[float] | None = None) -> Schedule:
-        """The noise levels of `steps` steps for this output size (the shift depends on it), or of your own `sigmas`.
+        """The noise levels of `steps` steps for this output size, or of your own `sigmas`.
 
-        Same numbers as the scheduler's `set_timesteps`, and finite where that is not. Raises EditError.
+        The shift depends on the number of tokens: on the size that the model computes, which the Schedule holds. Same
+        numbers as the scheduler's `set_timesteps`, and finite where that is not. Raises EditError.
         """
         self._check_size(width, height)
+        width, height = self._grid(width, height)
         if sigmas is not None:
             sigmas = tuple(float(s) for s in sigmas)
             if not sigmas or not all(0.0 < s <= 1.0 for s in sigmas):
@@ -194,10 +203,11 @@ class CachedQwenImageEditPipeline(StockCall, PromptReading, StockMethods):
     def initial_noise(self, width: int, height: int, seed=0, batch: int = 1) -> torch.Tensor:
         """Packed noise (B, N, 4z) as stock draws it: `seed` is a number or a generator, or a list of `batch` of them.
 
-        A number seeds a generator on the CPU: one seed means one picture on every device. One generator draws all
+        N = ceil(width / 16) ceil(height / 16), the tokens of the picture and of its padding. A number seeds a generator on the CPU: one seed means one picture on every device. One generator draws all
         rows, a list draws row by row; None draws from torch's global one. Noise of numbers is kept. Raises EditError.
         """
         self._check_size(width, height)
+        width, height = self._grid(width, height)
         seeds = seed if isinstance(seed, (list, tuple)) else [seed]
         if len(seeds) not in (1, batch):
             raise EditError(f"{len(seeds)} seeds were given for a batch of {batch}. Allowed: one, or one for each row.")
@@ -247,24 +257,30 @@ class CachedQwenImageEditPipeline(StockCall, PromptReading, StockMethods):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
-        """Packed latents (B, N, 4z) to pictures, uint8 (B, height, width, 3), on the pipeline's device."""
+        """Packed latents (B, N, 4z) to pictures, uint8 (B, height, width, 3), on the pipeline's device.
+
+        The padding that N has beyond `width` x `height` is cut off.
+        """
         self.fast_path.look(self, "vae")
         if self.single_frame_vae is not None:
             self._check_size(width, height)
-            return self.single_frame_vae.decode_picture(latents, height, width, *self._latent_statistics())
+            w, h = self._grid(width, height)
+            pixels = self.single_frame_vae.decode_picture(latents, h, w, *self._latent_statistics())
+            return pixels[:, :height, :width].contiguous()
         return (self._decode(latents, width, height).float() * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1)
 
     def _decode(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
         """As `decode`, but (B, 3, height, width) in [0, 1], in the VAE's dtype."""
         self._check_size(width, height)
-        latents = self._unpack_latents(latents, height, width, self.vae_scale_factor)[:, :, 0].to(self._dtype("vae"))
+        w, h = self._grid(width, height)
+        latents = self._unpack_latents(latents, h, w, self.vae_scale_factor)[:, :, 0].to(self._dtype("vae"))
         mean, std = self._latent_statistics()
         latents = latents / (1.0 / std) + mean  # as stock writes it: the same rounding
         if self.single_frame_vae is not None:
             pixels = self.single_frame_vae.decode(latents)
         else:
             pixels = self.vae.decode(latents.unsqueeze(2), return_dict=False)[0][:, :, 0]
-        return (pixels * 0.5 + 0.5).clamp(0.0, 1.0)
+        return (pixels[:, :, :height, :width] * 0.5 + 0.5).clamp(0.0, 1.0)
 
     # Caches, model, helpers -------------------------------------------------------------------------------------------
 
@@ -393,11 +409,12 @@ class CachedQwenImageEditPipeline(StockCall, PromptReading, StockMethods):
         return dtype_of(self.text_encoder if module is None else module)
 
     def _check_size(self, width, height) -> None:
-        for side in (width, height):
-            if not is_whole(side, self._unit, MAX_SIDE) or side % self._unit:
-                raise EditError(
-                    f"The size is {width}x{height}. Allowed: multiples of {self._unit}, {self._unit} to {MAX_SIDE}."
-                )
+        if not (is_whole(width, 1, MAX_SIDE) and is_whole(height, 1, MAX_SIDE)):
+            raise EditError(f"The size is {width}x{height}. Allowed: whole numbers from 1 to {MAX_SIDE}.")
+
+    def _grid(self, width: int, height: int) -> tuple[int, int]:
+        """The size that the model computes for an output of this size."""
+        return on_grid(width, height, self._unit)
 
     def _latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The latents' mean and standard deviation as the VAE's config gives them: (z, 1, 1) each."""

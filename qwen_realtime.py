@@ -40,6 +40,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.fitting import Fitted, checked_size, notes
 from engine.frames import (
     STAGES,
     Cancelled,
@@ -58,15 +59,13 @@ from engine.settings import (
     LIMITS,
     MAX_PROMPT_CHARS,
     PICTURES,
-    SIZE_MULTIPLE,
     EditParams,
     EngineConfig,
-    output_size,
 )
 from pipeline.images import EditError
 
 __all__ = [
-    "CHOICES", "LIMITS", "MAX_PROMPT_CHARS", "PICTURES", "SIZE_MULTIPLE", "STAGES",
+    "CHOICES", "LIMITS", "MAX_PROMPT_CHARS", "PICTURES", "STAGES",
     "EditParams", "EditResult", "EngineConfig", "EngineError", "EngineStats", "RealtimeEngine", "Session", "prepare_pictures",
 ]  # fmt: skip
 
@@ -125,8 +124,9 @@ class _Frame:
     session: "Session"
     number: int
     images: list[np.ndarray]
-    params: EditParams
     size: tuple[int, int]  # width, height
+    notes: tuple[str, ...]  # of how the pictures meet the size
+    params: EditParams
     on_step: Callable[[int, int], None] | None
     submitted_monotonic: float
     waited_ms: float = 0.0  # in the mailbox
@@ -213,14 +213,16 @@ class Session:
         return self._closed_because is not None
 
     def submit(
-        self, images: list[np.ndarray], params: EditParams, on_step: Callable[[int, int], None] | None = None
+        self, images: list[np.ndarray] | Fitted, params: EditParams, on_step: Callable[[int, int], None] | None = None
     ) -> int:
         """Leaves a frame in the mailbox and returns its number (from 1) at once; a frame still waiting is dropped.
 
-        `images` are uint8 (H, W, 3). `on_step(i, n)` is called on the inference thread and must be quick. Raises
+        `images` are uint8 (H, W, 3) of any size, or what `fitting.at_output_size` made of them. `on_step(i, n)` is called on the inference thread and must be quick. Raises
         EditError when the pictures do not suit the mode, the output is too large, or the session is closed.
         """
-        size = output_size(images, params, self._engine.default_size, self._engine.config.max_pixels)
+        if not isinstance(images, Fitted):
+            size = checked_size(images, params, self._engine.default_size, self._engine.config.max_pixels)
+            images = Fitted(list(images), size, notes(images, params, size))
         with self._lock:
             if self._closed_because is not None:
                 raise EditError(self._closed_because)
@@ -230,7 +232,7 @@ class Session:
                 self._engine._dropped += 1
                 self._discard(self._pending, "was dropped: a newer one came")
             self._active_monotonic = now = self._engine._clock()
-            self._pending = _Frame(self, self._count, list(images), params, size, on_step, now)
+            self._pending = _Frame(self, self._count, *images, params=params, on_step=on_step, submitted_monotonic=now)
             self._engine._work.notify()
             return self._count
 
@@ -563,7 +565,7 @@ class RealtimeEngine:
         if frame is not None:
             frame.work = Work(
                 turn.session._memory, frame.images, frame.params, frame.size, frame.submitted_monotonic, frame.check,
-                Stopwatch(self._device),
+                Stopwatch(self._device), list(frame.notes),
             )  # fmt: skip
             self._attempt([frame], lambda: (self._set_pace(frame), self._editor.begin(frame.work)))
 

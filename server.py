@@ -38,14 +38,14 @@ from starlette.websockets import WebSocket
 
 from serving.access import KINDS, LOOPBACK_NAMES, Endpoint, Guard, Refusal, plain, read_json
 from serving.document import DocumentDesk
-from serving.edit import MAX_BODY_BYTES, EditDesk, fitted, output_size, parse_edit
+from serving.edit import MAX_BODY_BYTES, EditDesk, parse_edit
 from serving.holder import EngineHolder
 from serving.live import MAX_FRAME_BYTES, LiveConnection, LiveRoom
 from serving.startup import add_flags, check_flags, is_loopback, load_engine, warn_if_open
 from serving.status import StatusDesk
 
 __all__ = [
-    "MAX_BODY_BYTES", "EngineHolder", "Guard", "create_app", "create_routes", "fitted", "main", "output_size",
+    "MAX_BODY_BYTES", "EngineHolder", "Guard", "create_app", "create_routes", "main",
     "parse_args", "parse_edit", "plain", "read_json",
 ]  # fmt: skip
 

@@ -10,7 +10,8 @@ from diffusers.pipelines.qwenimage.pipeline_output import QwenImagePipelineOutpu
 from PIL import Image
 
 from pipeline import vision_language
-from pipeline.images import EditError, download
+from pipeline.geometry import aspect, in_shape, same_shape
+from pipeline.images import EditError, Pictures, download
 from pipeline.sampling import Schedule
 
 MAX_SIDE = 4096
@@ -50,17 +51,19 @@ class StockCall:
     ) -> QwenImagePipelineOutput | tuple:
         """Stock's arguments and result; see `QwenImageEditPlusPipeline.__call__`.
 
-        Beyond stock: `reference_area` as in `encode_references`; batches; `output_type` "uint8", a tensor
-        (B, H, W, 3). Raises EditError for what a person can change.
+        Beyond stock: `reference_area` as in `encode_references`, and with it any size, see `_output_size`; batches;
+        `output_type` "uint8", a tensor (B, H, W, 3). `latents` are those of `initial_noise`. Raises EditError for what a
+        person can change.
         """
         if output_type not in _OUTPUT_TYPES:
             raise EditError(f"The output type is {output_type!r}. Allowed: {', '.join(_OUTPUT_TYPES)}.")
         slots = self.open_references(image, most=None)
-        width, height = self._output_size(width, height, slots[-1].size)
+        width, height = self._output_size(width, height, slots, reference_area)
         if prompt_embeds is None:
             prompt = vision_language.prompts(prompt, may_be_empty=False)
+        grid_width, grid_height = self._grid(width, height)
         self.check_inputs(
-            prompt, height, width, negative_prompt, prompt_embeds, negative_prompt_embeds, prompt_embeds_mask,
+            prompt, grid_height, grid_width, negative_prompt, prompt_embeds, negative_prompt_embeds, prompt_embeds_mask,
             negative_prompt_embeds_mask, list(callback_on_step_end_tensor_inputs), max_sequence_length,
         )  # fmt: skip
         self._guidance_scale, self._attention_kwargs, self._interrupt = guidance_scale, attention_kwargs or {}, False
@@ -94,16 +97,30 @@ class StockCall:
         self.maybe_free_model_hooks()
         return QwenImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _output_size(self, width: int | None, height: int | None, reference: tuple[int, int]) -> tuple[int, int]:
-        """As stock: a side not given follows from a megapixel at the last reference's aspect; both round down to 16."""
-        default = stock.calculate_dimensions(1024 * 1024, reference[0] / reference[1])
-        sides = []
-        for name, side, other in (("width", width, default[0]), ("height", height, default[1])):
-            side = other if side is None else side
-            if not is_whole(side, self._unit, MAX_SIDE):
-                raise EditError(f"The {name} is {side!r}. Allowed: {self._unit} to {MAX_SIDE} pixels.")
-            sides.append(side // self._unit * self._unit)
-        return sides[0], sides[1]
+    def _output_size(
+        self, width: int | None, height: int | None, slots: list[Pictures], area: int | str | None
+    ) -> tuple[int, int]:
+        """The output's size. With stock's area as stock: a side not given follows from a megapixel at the last
+        reference's aspect, and both round down to 16. Else any whole number, and the first reference's shape: of a side
+        that is not given, or of both, which then have the references' area ("output": that of `default_size`).
+        """
+        is_stock = area in (None, stock.VAE_IMAGE_SIZE)
+        low = self._unit if is_stock else 1
+        for name, side in (("width", width), ("height", height)):
+            if not (side is None or is_whole(side, low, MAX_SIDE)):
+                raise EditError(f"The {name} is {side!r}. Allowed: a whole number from {low} to {MAX_SIDE} pixels.")
+        if is_stock:
+            default = stock.calculate_dimensions(1024 * 1024, aspect(slots[-1].size))
+            width, height = (own if own is not None else side for own, side in zip((width, height), default, strict=True))
+            width, height = (side // self._unit * self._unit for side in (width, height))
+        else:
+            own = self.default_size**2 if isinstance(area, str) else area
+            width, height = in_shape(slots[0].size, width=width, height=height, area=own, longest=MAX_SIDE)
+            if area == "output" and not same_shape(slots[0].size, (width, height)):
+                text = "The first picture, {}x{}, is scaled to {}x{}, another shape. Name one side only and it keeps its own."
+                stock.logger.warning(text.format(*slots[0].size, width, height))
+        self._check_size(width, height)
+        return width, height
 
     def _step_end(self, callback: Callable | None, inputs: list[str], schedule: Schedule, bar):
         """Stock's `callback_on_step_end` as `denoise` calls it."""

@@ -1,4 +1,4 @@
-"""POST /edit: one picture or two in base64 and what to change, answered with the picture.
+"""POST /edit: one to three pictures in base64 and what to change, answered with the picture.
 
 What a request may cost is bounded before it costs it. Its place in the `EditQueue` is taken before its body is read,
 the bytes that all requests hold together are counted, the settings are checked before a picture is opened, and a
@@ -21,16 +21,16 @@ import reprlib
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from pipeline.images import EditError, encode_jpeg, encode_png, fit
-from qwen_realtime import LIMITS, SIZE_MULTIPLE, EditParams
+from engine.fitting import LONGEST, Fitted, at_output_size
+from pipeline.images import EditError, encode_jpeg, encode_png
+from qwen_realtime import EditParams
 from serving.access import Refusal, open_sent, plain, read_json
 from serving.holder import EngineHolder
 
-MAX_BODY_BYTES = 64 * 2**20  # two photographs in base64
+MAX_BODY_BYTES = 64 * 2**20  # photographs in base64
 MAX_HELD_BYTES = 512 * 2**20  # bodies and opened pictures of all requests together
 BODY_TIMEOUT_S = 60.0
 EDIT_TIMEOUT_S = 600.0  # no edit takes so long: only an engine that hangs
@@ -176,25 +176,11 @@ def read_base64(value, name: str) -> bytes:
         raise EditError(f'"{name}" is not base64: {error}.') from None
 
 
-def output_size(width: int, height: int, side: int) -> tuple[int, int]:
-    """(width, height) of a result with the picture's own shape and the area of a square of `side` pixels.
-
-    Both are multiples of 16, as the model needs; of the nearest pairs, the one whose shape differs least, so that
-    cropping to it takes no more than a few pixels.
-    """
-    aspect = width / height
-    ideal = (side * aspect**0.5, side / aspect**0.5)
-    low, high = (int(limit) for limit in LIMITS["width"])
-    options = [
-        {min(max(int(round_(x / SIZE_MULTIPLE)) * SIZE_MULTIPLE, low), high) for round_ in (math.floor, math.ceil)}
-        for x in ideal
-    ]
-    pairs = [(w, h) for w in sorted(options[0]) for h in sorted(options[1])]
-    return min(pairs, key=lambda p: (round(abs(math.log(p[0] / p[1] / aspect)), 6), abs(p[0] * p[1] - side * side)))
+REFERENCES = ("ref_image", "ref_image_2")  # the second and the third picture
 
 
-def parse_edit(body: bytes, side: int):
-    """(images, params, format) of a POST /edit body. Without a size the result keeps the first picture's shape.
+def parse_edit(body: bytes, side: int, max_pixels: int = LONGEST**2) -> tuple[Fitted, EditParams, str]:
+    """(pictures, params, format) of a POST /edit body. Without a size the result keeps the first picture's shape.
 
     With a second picture, and no mode said, a blend ratio means "blend" and none means "references".
     """
@@ -205,31 +191,24 @@ def parse_edit(body: bytes, side: int):
     if "image" not in fields:
         raise EditError('"image" is missing: a picture in base64.')
     pictures = [read_base64(fields.pop("image"), "image")]
-    if fields.get("ref_image") is not None:
-        pictures.append(read_base64(fields["ref_image"], "ref_image"))
-        fields.setdefault("mode", "blend" if "blend_ratio" in fields else "references")
-    fields.pop("ref_image", None)
+    came = {name: value for name in REFERENCES if (value := fields.pop(name, None)) is not None}
+    if came and "ref_image" not in came:
+        raise EditError('"ref_image_2" came without "ref_image". Allowed: both, or the second picture in "ref_image".')
+    pictures += [read_base64(value, name) for name, value in came.items()]
+    if came:
+        fields.setdefault("mode", "blend" if "blend_ratio" in fields and len(came) == 1 else "references")
     if "prompt" not in fields:
         raise EditError('"prompt" is missing: what to change.')
     params = EditParams.from_dict(fields)  # what is wrong with the settings is said before the pictures cost anything
     if len(pictures) == 1 and params.mode != "edit":
         raise EditError(f'The mode "{params.mode}" needs a second picture in "ref_image".')
-    if len(pictures) == 2 and params.mode == "edit":
-        raise EditError('Two pictures came in mode "edit". Allowed: one, or the mode "blend" or "references".')
+    if len(pictures) > 1 and params.mode == "edit":
+        count = {2: "Two", 3: "Three"}[len(pictures)]
+        raise EditError(f'{count} pictures came in mode "edit". Allowed: one, or the mode "blend" or "references".')
+    if len(pictures) > 2 and params.mode == "blend":
+        raise EditError('Three pictures came in mode "blend". Allowed: two, or the mode "references".')
     images = [open_sent(picture) for picture in pictures]
-    if params.width is None and params.height is None:
-        width, height = output_size(images[0].shape[1], images[0].shape[0], side)
-        params = params.replace(width=width, height=height)
-    return fitted(images, params), params, data_format
-
-
-def fitted(images: list[np.ndarray], params: EditParams) -> list[np.ndarray]:
-    """The pictures at the output's size where the engine would make them so: a photograph of 60 megapixels then
-    neither waits in memory for its turn nor costs the inference thread the resizing.
-    """
-    if params.reference_area != "output" or params.width is None or params.height is None:
-        return images
-    return [fit(image, params.width, params.height, params.fit) for image in images]
+    return at_output_size(images, params, side, max_pixels), params, data_format
 
 
 def check_headers(request: Request) -> None:
@@ -283,12 +262,12 @@ class EditDesk:
         with self.queue.enter(request.client.host if request.client else "") as ticket:
             body = await read_body(request, ticket)
             async with self._opening:
-                images, params, data_format = await loop.run_in_executor(
-                    self._pool, parse_edit, body, engine.default_size
+                pictures, params, data_format = await loop.run_in_executor(
+                    self._pool, parse_edit, body, engine.default_size, engine.config.max_pixels
                 )
             del body
-            ticket.hold(sum(image.nbytes for image in images))
-            result = await unless_gone(request, self._run(ticket, engine, images, params))
+            ticket.hold(sum(image.nbytes for image in pictures.images))
+            result = await unless_gone(request, self._run(ticket, engine, pictures, params))
             if result.error is not None:
                 raise result.error
             if media_type != "application/json":
@@ -297,7 +276,7 @@ class EditDesk:
             data = await loop.run_in_executor(self._pool, encode, result.image)
         return _answer(result, data, data_format, as_json=media_type == "application/json")
 
-    async def _run(self, ticket: Ticket, engine, images: list[np.ndarray], params: EditParams):
+    async def _run(self, ticket: Ticket, engine, pictures: Fitted, params: EditParams):
         """The EditResult. However this ends, the session is closed and its frame stops within a step."""
         try:
             async with asyncio.timeout(EDIT_TIMEOUT_S):
@@ -307,7 +286,7 @@ class EditDesk:
                 except EditError as error:
                     raise self.queue.full(str(error)) from None
                 with session:
-                    number = session.submit(images, params)
+                    number = session.submit(pictures, params)
                     async for result in session:
                         if result.number == number:
                             return result
@@ -362,6 +341,8 @@ def _answer(result, data: bytes, data_format: str, *, as_json: bool) -> Response
     if not as_json:
         timing = ", ".join(f"{name};dur={ms:.1f}" for name, ms in stages_ms.items())
         headers = {"Server-Timing": timing, "X-Age-Ms": str(age_ms), "X-Seed": str(params.seed)}
+        if result.notes:
+            headers["X-Notes"] = "; ".join(result.notes).encode("ascii", "replace").decode()
         return Response(data, media_type=FORMATS[data_format], headers=headers)
     answer = {
         "image": base64.b64encode(data).decode(),
@@ -371,5 +352,6 @@ def _answer(result, data: bytes, data_format: str, *, as_json: bool) -> Response
         "seed": params.seed,
         "stages_ms": stages_ms,
         "age_ms": age_ms,
+        "notes": list(result.notes),
     }
     return JSONResponse(answer)

@@ -30,10 +30,10 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 
-import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from pipeline.images import EditError, encode_jpeg, fit
+from engine.fitting import Fitted, at_output_size
+from pipeline.images import EditError, encode_jpeg
 from qwen_realtime import EditParams
 from serving.access import failure_kind, open_sent, plain, read_json
 from serving.holder import EngineHolder
@@ -238,22 +238,19 @@ class LiveConnection:
             arrived = time.monotonic()
             (number, data), self._inbox = self._inbox, None
             try:
-                image = await loop.run_in_executor(self._pool, self._open, data, self._params)
+                picture = await loop.run_in_executor(self._pool, self._open, data, self._params)
                 if session is not self._session:
                     continue  # stopped meanwhile
-                submitted = session.submit([image], self._params)
+                submitted = session.submit(picture, self._params)
             except EditError as error:
                 await self._say("error", number=number, message=str(error))
                 continue
             self._numbers[submitted] = (number, arrived, time.monotonic())
 
-    def _open(self, data: bytes, params: EditParams) -> np.ndarray:
+    def _open(self, data: bytes, params: EditParams) -> Fitted:
         """The sent picture, already at the output's size where the engine would scale it: its thread is the busy one."""
-        image = open_sent(data, MAX_FRAME_PIXELS)
-        if params.reference_area != "output":
-            return image
-        side = self._holder.engine.default_size
-        return fit(image, params.width or side, params.height or side, params.fit, quick=True)
+        image, engine = open_sent(data, MAX_FRAME_PIXELS), self._holder.engine
+        return at_output_size([image], params, engine.default_size, engine.config.max_pixels, quick=True)
 
     async def _open_session(self):
         """This connection's session; waits, and says so, while the model is loading or all places are taken.

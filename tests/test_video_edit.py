@@ -115,6 +115,16 @@ def test_a_turned_video_is_edited_and_written_upright(tmp_path):
         assert next(container.decode(video=0)).rotation == 0
 
 
+@pytest.mark.parametrize("width, height, said", [(75, 53, "column and the last row"), (75, 54, "column"), (74, 53, "row")])
+def test_odd_sides_are_made_even_by_the_edge_and_the_notes_say_so(tmp_path, width, height, said):
+    source = make_video(tmp_path / "in.mp4", moving(2))
+    shown, outcome = run(source, tmp_path / "out", lambda picture: fit(picture, width, height))
+    written = frames(outcome.path)[0][1]
+    assert written.shape == (height + height % 2, width + width % 2, 3)
+    assert np.abs(written[:height, :width].astype(int) - shown[0].picture).mean() < 6, "nothing moved"
+    assert outcome.notes == (f"The last {said} is there twice in the file: H.264 wants even sides.",)
+
+
 def test_wide_pixels_are_made_square(tmp_path):
     with av.open(str(tmp_path / "in.mp4"), "w") as out:
         stream = out.add_stream("libx264", rate=10)

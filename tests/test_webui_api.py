@@ -66,6 +66,14 @@ def test_edit_gives_the_right_picture_with_its_settings_inside_and_says_how_long
     assert open_image(Path(path).read_bytes()).shape == (64, 128, 3)
 
 
+def test_an_edit_without_a_size_has_the_pictures_shape_and_a_cut_one_is_said(client, tmp_path):
+    picture = file(tmp_path, "odd.png", fit(FIRST, 200, 133))
+    path, about = client.predict(picture, "make it sepia", height=75, api_name="/edit")
+    assert open_image(Path(path).read_bytes()).shape == (75, 113, 3) and about["notes"] == []
+    _, about = client.predict(picture, "make it sepia", width=75, height=75, api_name="/edit")
+    assert about["notes"] == ["fit: picture 1 of 200x133 was cut to the shape of 75x75"]
+
+
 @pytest.mark.parametrize("mode", ["references", "blend", "collage"])
 def test_composite_uses_both_pictures_as_its_mode_says(client, tmp_path, mode):
     own = {
@@ -89,7 +97,7 @@ def test_composite_uses_both_pictures_as_its_mode_says(client, tmp_path, mode):
         ({"prompt": "   "}, "prompt is empty"),
         ({"prompt": "x", "steps": 9}, "steps is 9"),
         ({"prompt": "x", "steps": 2.5}, "steps is 2.5"),
-        ({"prompt": "x", "width": 100, "height": 64}, "width is 100"),
+        ({"prompt": "x", "width": 100.5, "height": 64}, "width is 100.5"),
         ({"prompt": "x", "fit": "stretch"}, "fit is"),
         ({"prompt": "x", "seed": -1}, "seed is -1"),
     ],

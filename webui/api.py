@@ -11,10 +11,11 @@ refuses that for every event.
 
 import gradio as gr
 
+from engine.fitting import at_output_size
 from pipeline.images import EditError
 from qwen_realtime import CHOICES, EditParams
-from server import EngineHolder, fitted, output_size
 from serving.access import plain
+from serving.holder import EngineHolder
 from webui.collage import LIMITS as PLACES
 from webui.composite import flatten
 from webui.parts import EDITS_AT_A_TIME, take_file
@@ -52,10 +53,8 @@ def create_api(holder: EngineHolder, jobs: Jobs) -> None:
                 engine = wait_for_engine(holder, job, lambda *_, **__: None)
                 images, own = flat([read_picture(path, which) for path, which in pictures])
                 params = EditParams(prompt=prompt or "", **settings, **own)
-                if params.width is None and params.height is None:  # as POST /edit does
-                    width, height = output_size(*images[0].shape[1::-1], engine.default_size)
-                    params = params.replace(width=width, height=height)
-                result = run_edit(engine, fitted(images, params), params, job, lambda step, of: None)
+                pictures = at_output_size(images, params, engine.default_size, engine.config.max_pixels)
+                result = run_edit(engine, pictures, params, job, lambda step, of: None)
         except EditError as error:
             raise gr.Error(str(error), print_exception=False) from None
         except Stopped:
@@ -66,6 +65,7 @@ def create_api(holder: EngineHolder, jobs: Jobs) -> None:
             "seed": params.seed,
             "stages_ms": {name: round(ms, 1) for name, ms in result.stages_ms.items()},
             "age_ms": round(result.age_ms, 1),
+            "notes": list(result.notes),
         }
         return save_png(result, engine.description["model"]), plain(about)
 
@@ -78,16 +78,16 @@ def create_api(holder: EngineHolder, jobs: Jobs) -> None:
             image: The picture, as an uploaded file; over MCP as data:image/png;base64,... (no address is fetched).
             prompt: What to change, for example "make it a pencil sketch". At most 2000 characters.
             steps: Denoising steps, 1 to 8. More is slower, often finer.
-            width: Of the result in pixels, a multiple of 16 from 64 to 2048; 0 in both: as the picture is shaped.
+            width: Of the result in pixels, 1 to 2048; 0: it follows from the height and the picture's shape, 0 in both: also the area is the model's own.
             height: As the width.
             seed: The same seed, picture and settings give the same result.
             cfg_scale: True CFG, 1 to 10. 1 is off; above it every step takes twice as long.
             negative_prompt: What not to do; read when cfg_scale is above 1.
-            fit: How a picture of another shape meets the size: "crop" cuts it to fill, "pad" shows it whole on black.
+            fit: How a picture of another shape meets a width and height that are both given: "crop" cuts it to fill, "pad" shows it whole on black.
             reference_area: The size at which the model sees the picture: the "output"'s, or the megapixel of the "stock" pipeline.
 
         Returns:
-            The edited picture as a PNG file with its settings inside, and its size, seed and timings.
+            The edited picture as a PNG file with its settings inside, and its size, seed, timings and notes.
         """
         settings = _settings(steps, width, height, seed, cfg_scale, negative_prompt, fit, reference_area)
         return made(request, "edit", [(image, "a picture")], prompt, lambda images: (images, {}), settings)
@@ -102,23 +102,23 @@ def create_api(holder: EngineHolder, jobs: Jobs) -> None:
             image: Picture 1, as an uploaded file; over MCP as data:image/png;base64,... (no address is fetched).
             ref_image: Picture 2, likewise.
             prompt: What to do; with mode "references" it may speak of picture 1 and picture 2.
-            mode: "references": the model sees both; "blend": they are mixed by blend_ratio, then edited; "collage": picture 2 is laid on picture 1, then the flat result is edited.
+            mode: "references": the model sees both, each whole and in its own shape; "blend": they are mixed by blend_ratio, then edited; "collage": picture 2 is laid on picture 1, then the flat result is edited.
             blend_ratio: For mode "blend": 0 is picture 1 alone, 1 is picture 2 alone.
             across: For mode "collage": where picture 2's middle lies, 0 (left) to 1 (right) of picture 1.
             down: For mode "collage": the same from 0 (top) to 1 (bottom).
             scale: For mode "collage": picture 2's width, 1 is as wide as picture 1. 0.05 to 2.
             opacity: For mode "collage": 0 is unseen, 1 covers.
             steps: Denoising steps, 1 to 8. More is slower, often finer.
-            width: Of the result in pixels, a multiple of 16 from 64 to 2048; 0 in both: as picture 1 is shaped.
+            width: Of the result in pixels, 1 to 2048; 0: it follows from the height and picture 1's shape, 0 in both: also the area is the model's own.
             height: As the width.
             seed: The same seed, pictures and settings give the same result.
             cfg_scale: True CFG, 1 to 10. 1 is off; above it every step takes twice as long.
             negative_prompt: What not to do; read when cfg_scale is above 1.
-            fit: How a picture of another shape meets the size: "crop" cuts it to fill, "pad" shows it whole on black.
+            fit: How a picture of another shape meets a width and height that are both given: "crop" cuts it to fill, "pad" shows it whole on black.
             reference_area: The size at which the model sees the pictures: the "output"'s, or the megapixel of the "stock" pipeline.
 
         Returns:
-            The edited picture as a PNG file with its settings inside, and its size, seed and timings.
+            The edited picture as a PNG file with its settings inside, and its size, seed, timings and notes.
         """
 
         def flat(images: list):

@@ -8,9 +8,10 @@ then runs one edit at a time and afterwards the newest position, so nothing queu
 import gradio as gr
 import numpy as np
 
+from engine.fitting import at_output_size
 from pipeline.images import EditError
 from qwen_realtime import LIMITS, EditParams
-from server import EngineHolder, fitted
+from serving.holder import EngineHolder
 from webui.collage import LIMITS as PLACES
 from webui.collage import collage
 from webui.controls import Settings, edit_params
@@ -119,8 +120,9 @@ def create_composite(
             images, own = flatten(first, second, mode, place, ratio)
             params = edit_params(prompt, images[0].shape[1::-1], engine.default_size, values, **own)
             progress(0.0, desc="Reading the prompt and the pictures")
+            pictures = at_output_size(images, params, engine.default_size, engine.config.max_pixels)
             result = run_edit(
-                engine, fitted(images, params), params, job,
+                engine, pictures, params, job,
                 lambda step, of: progress((step, of), desc=f"Step {step} of {of}"),
             )  # fmt: skip
         path = save_png(result, engine.description["model"])

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import gradio as gr
 
+from engine.fitting import at_output_size
 from pipeline.images import EditError, encode_png
-from server import EngineHolder, fitted
+from serving.holder import EngineHolder
 from webui.controls import Settings, edit_params
 from webui.parts import (
     EDITS_AT_A_TIME,
@@ -64,15 +65,15 @@ def create_upload(holder: EngineHolder, jobs: Jobs, settings: Settings, presets:
         image = read_picture(path, "a photo")
         engine = wait_for_engine(holder, job, progress)
         params = edit_params(prompt, image.shape[1::-1], engine.default_size, values)
-        images = fitted([image], params)
+        fitted = at_output_size([image], params, engine.default_size, engine.config.max_pixels)
         progress(done, desc=f"{name}: reading the prompt and the picture")
         result = run_edit(
-            engine, images, params, job,
+            engine, fitted, params, job,
             lambda step, of: progress(done + share * step / of, desc=f"{name}: step {step} of {of}"),
         )  # fmt: skip
         after = save_png(result, engine.description["model"])
         before = Path(after).parent / "before.png"
-        before.write_bytes(encode_png(images[0]))
+        before.write_bytes(encode_png(fitted.images[0]))
         return {"before": str(before), "after": after, "text": describe(result)}, params.seed
 
     def busy(on: bool) -> dict:

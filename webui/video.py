@@ -4,9 +4,10 @@ import time
 
 import gradio as gr
 
+from engine.fitting import Fitted, notes, sized
 from pipeline.images import EditError
 from qwen_realtime import LIMITS, EditParams
-from server import EngineHolder, fitted
+from serving.holder import EngineHolder
 from webui.controls import Settings, edit_params
 from webui.parts import SHOW_RESULT, create_ask, create_chips, take_file, toast
 from webui.video_edit import MAX_BYTES, MAX_SECONDS, Outcome, Progress, Stop, counted, edit_video, probe
@@ -121,11 +122,13 @@ def steadiness(blend_still: float = BLEND_STILL, start: float = START_FROM_PREVI
 
 
 def editor(session, params: EditParams, job: Job):
-    """The function that edits one frame for `edit_video`."""
+    """The function that edits one frame for `edit_video`, at the size that `params` name."""
+    size = params.width, params.height
 
     def edit(picture):
         try:
-            return session.result(session.submit(fitted([picture], params), params)).image
+            pictures = Fitted(sized([picture], params, *size), size, notes([picture], params, size))
+            return session.result(session.submit(pictures, params)).image
         except EditError:
             if job.stopped:  # closing the session is what made it fail
                 raise Stop from None

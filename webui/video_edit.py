@@ -18,6 +18,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from pipeline.geometry import padded
 from pipeline.images import EditError
 
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,ogg,flv,asf"
@@ -146,7 +147,8 @@ def edit_video(
 ) -> Iterator[Progress | Outcome]:
     """Edits the video at `path` into a file in `folder`; yields a Progress for each frame, and an Outcome at the end.
 
-    `edit(picture) -> picture`, uint8 (H, W, 3), gives pictures of one even size. When it raises Stop, or the file
+    `edit(picture) -> picture`, uint8 (H, W, 3), gives pictures of one size. H.264 wants even sides: where one is odd the
+    last row or column is repeated in the file, and the notes say so. When it raises Stop, or the file
     turns out to be damaged after some frames, or longer than it claimed, the video ends there and the notes say so; an
     EditError of its own after some frames likewise. Raises EditError where there is nothing to keep.
     """
@@ -166,6 +168,8 @@ def edit_video(
         target.discard()
         raise EditError(notes[0] if notes else "The video has no frame that can be read.")
     target.close()
+    if target.repeats:
+        notes.append(f"The last {target.repeats} is there twice in the file: H.264 wants even sides.")
     if suffix == ".mkv":
         notes.append(f"The sound is {sound.codec.canonical_name}, which MP4 does not carry: the file is Matroska (.mkv).")
     yield Outcome(target.path, target.frames, tuple(notes))
@@ -207,6 +211,7 @@ class _Target:
 
     def __init__(self, path: Path, source: av.VideoStream, sound: av.AudioStream | None):
         self.path, self.frames, self.start_s = path, 0, 0.0
+        self.repeats = ""  # what is repeated to make the sides even
         self._source = source
         self._last_pts = None
         self._container = av.open(str(path), "w", options={"movflags": "faststart"} if path.suffix == ".mp4" else {})
@@ -227,8 +232,11 @@ class _Target:
         pts = frame.pts
         if pts is None or (self._last_pts is not None and pts <= self._last_pts):
             pts = 0 if self._last_pts is None else self._last_pts + step  # some old files give no times, or some twice
+        height, width = picture.shape[:2]
+        picture = padded(picture, 2)
         if self.frames == 0:
             self._video.height, self._video.width = picture.shape[:2]
+            self.repeats = " and the last ".join(name for name, side in (("column", width), ("row", height)) if side % 2)
             self.start_s = frame.time or 0.0
         image = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
             format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"

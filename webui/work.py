@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from engine.fitting import Fitted
 from pipeline.images import EditError, encode_png, open_image
 from qwen_realtime import EditParams, EditResult, RealtimeEngine
-from server import EngineHolder
+from serving.holder import EngineHolder
 from webui.zero import ZeroEngine
 
 MAX_PICTURE_BYTES = 64 * 2**20
@@ -121,7 +122,7 @@ def wait_for_engine(holder: EngineHolder, job: Job, progress: Callable) -> Realt
 
 
 def run_edit(
-    engine: RealtimeEngine, images: list[np.ndarray], params: EditParams, job: Job, on_step: Callable[[int, int], None]
+    engine: RealtimeEngine, images: Fitted, params: EditParams, job: Job, on_step: Callable[[int, int], None]
 ) -> EditResult:
     """One edit; `on_step(done, of)` is called on this thread, while the engine calls on its own. Raises EditError, Stopped."""
     if isinstance(engine, ZeroEngine):  # neither steps nor a stop can cross to the process that has the GPU
@@ -152,7 +153,9 @@ def telling_name(params: EditParams) -> str:
 def save_png(result: EditResult, model: str) -> str:
     """A PNG with a telling name and its settings inside, as `settings_inside` reads them back."""
     path = new_folder() / f"{telling_name(result.params)}.png"
-    text = {name: str(value) for name, value in asdict(result.params).items()} | {"model": model}
+    height, width = result.image.shape[:2]  # also where they followed from the picture
+    made = asdict(result.params) | {"width": width, "height": height, "model": model}
+    text = {name: str(value) for name, value in made.items()}
     path.write_bytes(encode_png(result.image, text))
     return str(path)
 
