@@ -42,7 +42,7 @@ import fast_path
 from pipeline import denoising, loading, vision_language
 from pipeline.content_cache import ContentCache
 from pipeline.denoising import References
-from pipeline.images import EditError, Pictures, download, named, resample
+from pipeline.images import EditError, Pictures, download, resample
 from pipeline.sampling import Schedule, noise_levels
 
 MAX_REFERENCES = 3
