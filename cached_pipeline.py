@@ -43,6 +43,7 @@ from pipeline import denoising, loading, vision_language
 from pipeline.content_cache import ContentCache
 from pipeline.denoising import References
 from pipeline.images import EditError, Pictures, download, resample
+from pipeline.picture_files import named
 from pipeline.sampling import Schedule, noise_levels
 
 MAX_REFERENCES = 3

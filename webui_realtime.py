@@ -55,7 +55,7 @@ MOST_WAITING = 128  # events of all pages and callers together; over it Gradio a
 def create_demo(holder: EngineHolder, *, streams: bool = True) -> gr.Blocks:
     """The page. Without `streams` (see `webui.zero`) it edits pictures only, and says so where the rest would be."""
     presets, pair_presets = preset_chips(1), preset_chips(2)
-    jobs = Jobs()
+    jobs = Jobs(holder.decoder)
 
     def leave(request: gr.Request) -> None:
         jobs.stop(request.session_hash)  # nobody would look at what it still edits

@@ -15,7 +15,6 @@ import json
 import os
 import signal
 import struct
-import sys
 import warnings
 
 from PIL import Image
@@ -112,7 +111,3 @@ def _limit(name: str, value: int) -> None:
 def _alarm(seconds: int) -> None:
     if hasattr(signal, "alarm"):
         signal.alarm(seconds)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -36,7 +36,7 @@ try:
 except ImportError:  # only Linux has both
     F_SETPIPE_SZ = fcntl = None
 
-from pipeline.picture_files import MAX_PIXELS, EditError, open_image
+from pipeline.picture_files import MAX_PIXELS, EditError, check_size, open_image
 from serving import inspection
 from serving.decode_worker import REPLY, REQUEST, png_text
 
@@ -56,6 +56,8 @@ class Limits:
     """What opening pictures may cost, the only home of these numbers besides `inspection`'s counts of markers."""
 
     file_bytes: int = 64 * 2**20
+    frame_bytes: int = 4 * 2**20  # of a live view; a 1024x1024 JPEG has about 0.3 MB
+    frame_pixels: int = 2048 * 2048
     pixels: int = MAX_PIXELS  # of one picture
     held_pixels: int = 192_000_000  # of all opened pictures together, 3 bytes each, until their callers drop them
     processor_seconds: int = 4  # for one picture
@@ -77,6 +79,9 @@ class Limits:
             f"scans and {inspection.MAX_WORK:,} pixels in all of them together; opening it may take {self.processor_seconds} s of a processor "
             f"and {self.worker_bytes // 2**20} MB of memory."
         )
+
+
+LIMITS = Limits()
 
 
 class Busy(EditError):
@@ -135,7 +140,7 @@ class _Place:
 class Decoder:
     """Opens pictures for all doors of this process. Workers are started when they are first needed."""
 
-    def __init__(self, limits: Limits = Limits()):  # noqa: B008 - frozen
+    def __init__(self, limits: Limits = LIMITS):
         self.limits = limits
         # For callers with an event loop. Larger than what can wait, so that cheap pictures always find a thread.
         self.pool = ThreadPoolExecutor(limits.waiting + limits.workers + 8, thread_name_prefix="decode")
@@ -160,6 +165,8 @@ class Decoder:
         """
         max_pixels = max_pixels or self.limits.pixels
         cost = self._inspect(data)
+        if cost.size is not None:
+            check_size(*cost.size, max_pixels)
         if self._is_for_here(data, cost):
             with self._here:
                 return _open_here(data, max_pixels)
@@ -194,7 +201,7 @@ class Decoder:
     def _is_for_here(self, data: bytes, cost: inspection.Cost) -> bool:
         limits = self.limits
         return (
-            cost.known
+            cost.size is not None
             and len(data) <= limits.here_bytes
             and cost.work <= limits.here_work
             and cost.extra_bytes <= limits.here_extra_bytes

@@ -15,6 +15,7 @@ stops within one step.
 import asyncio
 import base64
 import binascii
+import functools
 import itertools
 import math
 import reprlib
@@ -25,9 +26,10 @@ import numpy as np
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from pipeline.images import EditError, encode_jpeg, encode_png, fit
+from pipeline.images import EditError, encode_jpeg, encode_png, fit, open_image
 from qwen_realtime import LIMITS, SIZE_MULTIPLE, EditParams
-from serving.access import Refusal, open_sent, plain, read_json
+from serving.access import Refusal, plain, read_json
+from serving.decoding import Busy, Sender
 from serving.holder import EngineHolder
 
 MAX_BODY_BYTES = 64 * 2**20  # two photographs in base64
@@ -193,8 +195,14 @@ def output_size(width: int, height: int, side: int) -> tuple[int, int]:
     return min(pairs, key=lambda p: (round(abs(math.log(p[0] / p[1] / aspect)), 6), abs(p[0] * p[1] - side * side)))
 
 
-def parse_edit(body: bytes, side: int):
-    """(images, params, format) of a POST /edit body. Without a size the result keeps the first picture's shape.
+def parse_edit(body: bytes, side: int, decode: Callable[[bytes], np.ndarray] = open_image):
+    """(images, params, format) of a POST /edit body: `read_edit` and `open_edit`."""
+    pictures, params, data_format = read_edit(body)
+    return *open_edit(pictures, params, side, decode), data_format
+
+
+def read_edit(body: bytes):
+    """(picture files, params, format) of a POST /edit body; no picture is opened.
 
     With a second picture, and no mode said, a blend ratio means "blend" and none means "references".
     """
@@ -216,11 +224,16 @@ def parse_edit(body: bytes, side: int):
         raise EditError(f'The mode "{params.mode}" needs a second picture in "ref_image".')
     if len(pictures) == 2 and params.mode == "edit":
         raise EditError('Two pictures came in mode "edit". Allowed: one, or the mode "blend" or "references".')
-    images = [open_sent(picture) for picture in pictures]
+    return pictures, params, data_format
+
+
+def open_edit(pictures: list[bytes], params: EditParams, side: int, decode: Callable[[bytes], np.ndarray]):
+    """(images, params). Without a size the result keeps the first picture's shape."""
+    images = [decode(picture) for picture in pictures]
     if params.width is None and params.height is None:
         width, height = output_size(images[0].shape[1], images[0].shape[0], side)
         params = params.replace(width=width, height=height)
-    return fitted(images, params), params, data_format
+    return fitted(images, params), params
 
 
 def fitted(images: list[np.ndarray], params: EditParams) -> list[np.ndarray]:
@@ -272,7 +285,7 @@ class EditDesk:
 
     def __init__(self, holder: EngineHolder, pool: ThreadPoolExecutor, *, waiting: int):
         self._holder, self._pool = holder, pool
-        self._opening = asyncio.Semaphore(2)  # large uploads opened at one time: each may take hundreds of MB
+        self._opening = asyncio.Semaphore(2)  # large bodies read at one time: each may take hundreds of MB
         self.queue = EditQueue(self._running_places, waiting, self._frame_s)
 
     async def edit(self, request: Request) -> Response:
@@ -280,13 +293,15 @@ class EditDesk:
         engine = ready_engine(self._holder)
         check_headers(request)
         loop = asyncio.get_running_loop()
-        with self.queue.enter(request.client.host if request.client else "") as ticket:
+        client = request.client.host if request.client else ""
+        with self.queue.enter(client) as ticket:
             body = await read_body(request, ticket)
             async with self._opening:
-                images, params, data_format = await loop.run_in_executor(
-                    self._pool, parse_edit, body, engine.default_size
-                )
+                pictures, params, data_format = await loop.run_in_executor(self._pool, read_edit, body)
             del body
+            ticket.hold(sum(map(len, pictures)))
+            images, params = await self._opened(request, client, pictures, params, engine.default_size)
+            del pictures
             ticket.hold(sum(image.nbytes for image in images))
             result = await unless_gone(request, self._run(ticket, engine, images, params))
             if result.error is not None:
@@ -296,6 +311,15 @@ class EditDesk:
             encode = encode_png if data_format == "png" else encode_jpeg
             data = await loop.run_in_executor(self._pool, encode, result.image)
         return _answer(result, data, data_format, as_json=media_type == "application/json")
+
+    async def _opened(self, request: Request, client: str, pictures: list[bytes], params: EditParams, side: int):
+        """(images, params). When the caller hangs up, opening them ends."""
+        decoder, sender = self._holder.decoder, Sender(client)
+        decode = functools.partial(decoder.open, sender=sender)
+        try:
+            return await unless_gone(request, decoder.run(sender, open_edit, pictures, params, side, decode))
+        except Busy as error:
+            raise Refusal(503, str(error), retry_after_s=5) from None
 
     async def _run(self, ticket: Ticket, engine, images: list[np.ndarray], params: EditParams):
         """The EditResult. However this ends, the session is closed and its frame stops within a step."""

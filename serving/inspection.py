@@ -16,8 +16,7 @@ from pipeline.picture_files import EditError
 MAX_SCANS = 100  # of a JPEG; encoders write about 10
 MAX_SEGMENTS = 2_000  # of a JPEG, besides scans; a colour profile has at most 255
 MAX_CHUNKS = 40_000  # of a PNG; 64 MB in pieces of 4 kB are 16,000
-MAX_WORK = 2_000_000_000  # pixels times scans
-_UNKNOWN = MAX_WORK
+MAX_WORK = 2_000_000_000  # pixels times scans; what no file says of itself counts as much
 _WEIGHT = 2  # a pixel of a PNG, WebP or GIF takes about as long as two of a JPEG
 _PIECE = 2**20  # searched at a time, so that other threads get their turn
 
@@ -28,13 +27,14 @@ _ALONE = frozenset((0x01, 0xD8, *range(0xD0, 0xD8)))  # markers without a segmen
 
 @dataclass(frozen=True)
 class Cost:
-    """`work` in pixels. `extra_bytes` are what a file carries besides pixels (EXIF, profiles, text). The reader of a format
-    that is `known` takes no longer than this, whatever the file says.
+    """`work` in pixels. `extra_bytes` are what a file carries besides pixels (EXIF, profiles, text).
+
+    `size` is (width, height) of a format whose reader takes no longer than `work` says, whatever follows; else None.
     """
 
     work: int
     extra_bytes: int = 0
-    known: bool = False
+    size: tuple[int, int] | None = None
 
 
 def inspect(data: bytes) -> Cost:
@@ -44,11 +44,11 @@ def inspect(data: bytes) -> Cost:
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return _png(data)
     size = _simple_size(data)
-    return Cost(_UNKNOWN if size is None else min(size[0] * size[1] * _WEIGHT, _UNKNOWN))
+    return Cost(MAX_WORK if size is None else min(size[0] * size[1] * _WEIGHT, MAX_WORK))
 
 
 def _jpeg(data: bytes) -> Cost:
-    at, scans, segments, extra, pixels = 2, 0, 0, 0, 0
+    at, scans, segments, extra, size = 2, 0, 0, 0, None
     while (marker := _next_marker(data, at)) is not None:
         kind, at = data[marker + 1], marker + 2
         if kind == 0xD9:  # the end; what follows is another picture, which nobody opens
@@ -60,9 +60,8 @@ def _jpeg(data: bytes) -> Cost:
             scans += 1
         else:
             segments += 1
-        if kind in _FRAMES and not pixels and len(data) >= at + 7:
-            height, width = struct.unpack_from(">HH", data, at + 3)
-            pixels = width * height
+        if kind in _FRAMES and size is None and len(data) >= at + 7:
+            size = struct.unpack_from(">HH", data, at + 3)[::-1]
         elif kind == 0xFE or 0xE0 <= kind <= 0xEF:
             extra += length
         if scans > MAX_SCANS or segments > MAX_SEGMENTS:
@@ -70,13 +69,13 @@ def _jpeg(data: bytes) -> Cost:
                 f"The JPEG has more than {MAX_SCANS} scans or {MAX_SEGMENTS:,} segments: no camera or program writes so "
                 "many. Save it again and resend."
             )
-        if pixels * scans > MAX_WORK:
+        if size is not None and size[0] * size[1] * scans > MAX_WORK:
             raise EditError(
-                f"The JPEG computes {pixels:,} pixels {scans} times. Allowed: {MAX_WORK:,} in all. Save it as a "
+                f"The JPEG computes {size[0] * size[1]:,} pixels {scans} times. Allowed: {MAX_WORK:,} in all. Save it as a "
                 "baseline JPEG, or smaller, and resend."
             )
         at += max(length, 2)
-    return Cost(pixels * max(scans, 1), extra, known=True) if pixels else Cost(_UNKNOWN)
+    return Cost(MAX_WORK) if size is None else Cost(size[0] * size[1] * max(scans, 1), extra, size)
 
 
 def _next_marker(data: bytes, at: int) -> int | None:
@@ -90,7 +89,7 @@ def _next_marker(data: bytes, at: int) -> int | None:
 
 def _png(data: bytes) -> Cost:
     if len(data) < 24:
-        return Cost(_UNKNOWN)
+        return Cost(MAX_WORK)
     width, height = struct.unpack_from(">II", data, 16)
     at, chunks, extra = 8, 0, 0
     while at + 8 <= len(data):
@@ -102,7 +101,7 @@ def _png(data: bytes) -> Cost:
             break
         extra += length if kind not in (b"IHDR", b"PLTE", b"IDAT") else 0
         at += 12 + length
-    return Cost(width * height * _WEIGHT, extra, known=True)
+    return Cost(min(width * height * _WEIGHT, MAX_WORK), extra, (width, height))
 
 
 def _simple_size(data: bytes) -> tuple[int, int] | None:

@@ -50,12 +50,14 @@ def create_api(holder: EngineHolder, jobs: Jobs) -> None:
         try:
             with jobs.start(request.session_hash or "", f"api {name} {id(request)}") as job:
                 engine = wait_for_engine(holder, job, lambda *_, **__: None)
-                images, own = flat([read_picture(path, which) for path, which in pictures])
+                images, own = flat([read_picture(path, which, job.open) for path, which in pictures])
                 params = EditParams(prompt=prompt or "", **settings, **own)
                 if params.width is None and params.height is None:  # as POST /edit does
                     width, height = output_size(*images[0].shape[1::-1], engine.default_size)
                     params = params.replace(width=width, height=height)
-                result = run_edit(engine, fitted(images, params), params, job, lambda step, of: None)
+                images = fitted(images, params)
+                result = run_edit(engine, images, params, job, lambda step, of: None)
+            saved = save_png(result, engine.description["model"])
         except EditError as error:
             raise gr.Error(str(error), print_exception=False) from None
         except Stopped:
@@ -67,7 +69,7 @@ def create_api(holder: EngineHolder, jobs: Jobs) -> None:
             "stages_ms": {name: round(ms, 1) for name, ms in result.stages_ms.items()},
             "age_ms": round(result.age_ms, 1),
         }
-        return save_png(result, engine.description["model"]), plain(about)
+        return saved, plain(about)
 
     def edit(
         request: gr.Request, image, prompt, steps, width, height, seed, cfg_scale, negative_prompt, fit, reference_area
