@@ -37,6 +37,7 @@ from webui.live import create_live
 from webui.parts import asset, preset_chips
 from webui.theme import create_theme
 from webui.upload import create_upload
+from webui.uploads import handle_full_disk
 from webui.video import create_video
 from webui.video_edit import MAX_BYTES
 from webui.work import Jobs
@@ -130,7 +131,7 @@ def launch(holder: EngineHolder, options: argparse.Namespace) -> gr.Blocks:
         ssl_keyfile=options.ssl_keyfile,
         ssl_certfile=options.ssl_certfile,
         ssl_verify=False,  # concerns only Gradio's own look at its page: a certificate of one's own is fine
-        app_kwargs={"routes": create_routes(holder, guard=guard)},
+        app_kwargs={"routes": create_routes(holder, guard=guard), "exception_handlers": handle_full_disk()},
         max_file_size=MAX_BYTES,  # of a video; what a picture may have is said by `webui.work`
         mcp_server=options.mcp,
         theme=create_theme(),

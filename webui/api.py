@@ -18,6 +18,7 @@ from serving.access import plain
 from webui.collage import LIMITS as PLACES
 from webui.composite import flatten
 from webui.parts import EDITS_AT_A_TIME, take_file
+from webui.uploads import DISK_FULL, disk_full
 from webui.work import Jobs, Stopped, read_picture, run_edit, save_png, wait_for_engine
 
 MODES = ("references", "blend", "collage")
@@ -33,6 +34,14 @@ class Page(gr.Blocks):
                 print_exception=False,
             )
         return await super().preprocess_data(block_fn, inputs, state, explicit_call)
+
+    async def postprocess_data(self, block_fn, predictions, state):
+        try:  # Gradio copies each file that an event answers
+            return await super().postprocess_data(block_fn, predictions, state)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise gr.Error(disk_full(error), print_exception=False) from None
 
 
 def _addresses(value) -> bool:

@@ -8,7 +8,6 @@ that stops it is another event than the one that runs it, and a closed page stop
 """
 
 import contextlib
-import errno
 import html
 import os
 import queue
@@ -26,9 +25,8 @@ from qwen_realtime import EditParams, EditResult, RealtimeEngine
 from server import EngineHolder
 from serving.decode_worker import png_text
 from serving.decoding import LIMITS, Decoder, Left, Sender
+from webui.uploads import DISK_FULL, disk_full
 from webui.zero import ZeroEngine
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Stopped(Exception):
@@ -194,12 +192,6 @@ def writing(path: Path):
         with contextlib.suppress(OSError):  # another file may be in it
             path.parent.rmdir()
         raise EditError(disk_full(error)) from None
-
-
-def disk_full(error: OSError) -> str:
-    if error.errno == errno.EFBIG:
-        return "The file would be larger than the server may write. Ask for a smaller picture or a shorter video."
-    return "The server's disk is full, so nothing could be saved. Try again later, or tell who runs it."
 
 
 def save_png(result: EditResult, model: str) -> str:
