@@ -50,6 +50,8 @@ def inspect(data: bytes) -> Cost:
 def _jpeg(data: bytes) -> Cost:
     at, scans, segments, extra, size = 2, 0, 0, 0, None
     while (marker := _next_marker(data, at)) is not None:
+        if not scans:
+            extra += marker - at  # fill bytes, which Pillow reads one by one
         kind, at = data[marker + 1], marker + 2
         if kind == 0xD9:  # the end; what follows is another picture, which nobody opens
             break
