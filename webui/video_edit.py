@@ -112,7 +112,7 @@ def _open(path: str | Path) -> Iterator[av.container.InputContainer]:
     if not 0 < size <= MAX_BYTES:
         raise EditError(f"The video has {size:,} bytes. Allowed: 1 to {MAX_BYTES:,}.")
     # The file is opened here and only read through this handle: FFmpeg itself gets no name to open anything by.
-    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "", "max_pixels": str(MAX_PIXELS)}
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "", "max_pixels": _most_pixels()}
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(path, "rb"))
         try:
@@ -122,6 +122,11 @@ def _open(path: str | Path) -> Iterator[av.container.InputContainer]:
             text = f"The file is not a video that can be read ({error}). Send MP4, MOV, WebM, MKV or AVI."
             raise EditError(text) from None
         yield container
+
+
+def _most_pixels() -> str:
+    """FFmpeg's option. It counts a frame's rows with the bytes that fill them up, so its bound is a little wider."""
+    return str(2 * MAX_PIXELS)
 
 
 def _turn(frame: av.VideoFrame) -> int:
@@ -209,7 +214,7 @@ def _read(container, source: av.VideoStream, sound: av.AudioStream | None, stopp
     """
     with _reading():
         aspect = pixel_aspect(source)
-        source.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+        source.codec_context.options = {"max_pixels": _most_pixels()}
         packets = container.demux([source] if sound is None else [source, sound])
     read_s = 0.0  # since the last frame
     while True:
@@ -218,7 +223,7 @@ def _read(container, source: av.VideoStream, sound: av.AudioStream | None, stopp
         began = time.monotonic()
         with _reading():
             packet = next(packets, None)
-            frames = iter(packet.decode()) if packet is not None and packet.stream is not sound else iter(())
+            frames = packet.decode() if packet is not None and packet.stream is not sound else []
         if packet is None:
             return
         if packet.stream is sound:
