@@ -44,8 +44,9 @@ from pipeline import denoising, folder, placement, vision_language
 from pipeline.content_cache import ContentCache
 from pipeline.denoising import References
 from pipeline.geometry import aspect, in_shape, on_grid, padded
-from pipeline.images import EditError, Pictures, named, resample
+from pipeline.images import EditError, Pictures, resample
 from pipeline.lora import Origin, replace_lora
+from pipeline.picture_files import named
 from pipeline.prompt_reading import PromptReading
 from pipeline.sampling import Schedule, is_lightning, schedule_of
 from pipeline.stock_call import MAX_SIDE, StockCall, common_batch, is_whole

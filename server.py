@@ -21,9 +21,10 @@ import contextlib
 import logging
 import os
 
-# As the page's program does, and for the same reason (see `webui_realtime`). Read when torch is loaded.
+# As the page's program does, and for the same reasons (see `webui_realtime`). Read when torch and Pillow are loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("PILLOW_BLOCK_SIZE", "64m")
 
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -23,6 +23,9 @@ if os.environ.get("SPACES_ZERO_GPU"):
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Memory that a GPU has left over in pieces can be put together: without it a 24 GB card runs out while a model is laid out.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+# Read when Pillow is loaded: the blocks of a large picture. The C library gives blocks of more than 32 MB back to the system
+# as soon as they are free, and keeps smaller ones: 400 MB after four pictures of 64 megapixels.
+os.environ.setdefault("PILLOW_BLOCK_SIZE", "64m")
 
 import threading
 
@@ -37,6 +40,7 @@ from webui.live import create_live
 from webui.parts import asset, preset_chips
 from webui.theme import create_theme
 from webui.upload import create_upload
+from webui.uploads import handle_full_disk
 from webui.video import create_video
 from webui.video_edit import MAX_BYTES
 from webui.work import Jobs
@@ -55,7 +59,7 @@ MOST_WAITING = 128  # events of all pages and callers together; over it Gradio a
 def create_demo(holder: EngineHolder, *, streams: bool = True) -> gr.Blocks:
     """The page. Without `streams` (see `webui.zero`) it edits pictures only, and says so where the rest would be."""
     presets, pair_presets = preset_chips(1), preset_chips(2)
-    jobs = Jobs()
+    jobs = Jobs(holder.decoder)
 
     def leave(request: gr.Request) -> None:
         jobs.stop(request.session_hash)  # nobody would look at what it still edits
@@ -130,7 +134,7 @@ def launch(holder: EngineHolder, options: argparse.Namespace) -> gr.Blocks:
         ssl_keyfile=options.ssl_keyfile,
         ssl_certfile=options.ssl_certfile,
         ssl_verify=False,  # concerns only Gradio's own look at its page: a certificate of one's own is fine
-        app_kwargs={"routes": create_routes(holder, guard=guard)},
+        app_kwargs={"routes": create_routes(holder, guard=guard), "exception_handlers": handle_full_disk()},
         max_file_size=MAX_BYTES,  # of a video; what a picture may have is said by `webui.work`
         mcp_server=options.mcp,
         theme=create_theme(),

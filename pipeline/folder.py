@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import Qwen2VLProcessor
 
-from pipeline.images import EditError, clip
+from pipeline.picture_files import EditError, clip
 
 POCKET_FOLDER = Path(__file__).resolve().parent.parent / "pocket_model" / "weights"
 TRANSFORMER = "QwenImageTransformer2DModel"

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from pipeline.folder import edition, is_hub_id
-from pipeline.images import EditError, clip
 from pipeline.lora_file import PICKLES, Change, read_lora
+from pipeline.picture_files import EditError, clip
 from pipeline.placement import quantization
 from pipeline.sampling import lightning_scheduler
 

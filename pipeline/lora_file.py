@@ -37,7 +37,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from pipeline.images import EditError, clip
+from pipeline.picture_files import EditError, clip
 
 ALLOWED = "Allowed: a .safetensors file of LoRA, DoRA, LoHa, LoKr or differences for the transformer of this model."
 _NAMES = r"(?:\.(?!weight|bias|scale|alpha)[\w-]+)*"  # peft writes the adapter's name between the field and `.weight`

@@ -12,7 +12,8 @@ import functools
 import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from pipeline.images import EditError, named, resample
+from pipeline.images import EditError, resample
+from pipeline.picture_files import named
 
 Grid = tuple[int, int]  # (rows, columns)
 

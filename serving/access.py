@@ -26,7 +26,7 @@ import numpy as np
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 
-from pipeline.images import MAX_PIXELS, EditError, open_image
+from pipeline.images import EditError
 
 log = logging.getLogger(__name__)
 
@@ -273,16 +273,3 @@ def read_json(text: bytes | str) -> dict:
     if not isinstance(value, dict):
         raise EditError(f"A JSON object was expected, not {type(value).__name__}.")
     return value
-
-
-def open_sent(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A picture file from outside as uint8 (H, W, 3). Raises EditError, whatever the file makes its reader raise:
-    the decoders are foreign code with exceptions of their own, and a damaged file is the sender's affair.
-    """
-    try:
-        return open_image(data, max_pixels)
-    except EditError:
-        raise
-    except Exception as error:
-        log.info("a picture of %d bytes made its reader fail: %s: %s", len(data), type(error).__name__, error)
-        raise EditError("The picture cannot be read: its file is damaged. Save it again and resend.") from None

@@ -17,6 +17,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from qwen_realtime import CHOICES, LIMITS, MAX_PROMPT_CHARS, EditParams
 from serving.access import FAILURES, KINDS
+from serving.decoding import LIMITS as PICTURE_LIMITS
 from serving.edit import FORMATS, MAX_BODY_BYTES
 
 MEANINGS = {  # of the EditParams
@@ -59,7 +60,8 @@ PICTURE = {
     "type": "string",
     "format": "byte",
     "contentEncoding": "base64",
-    "description": "A picture file (JPEG, PNG, WebP, GIF, BMP, TIFF, ...) in base64; data:...;base64, in front is fine.",
+    "description": "A picture file (JPEG, PNG, WebP, GIF, BMP, TIFF, ...) in base64; data:...;base64, in front is fine. "
+    + PICTURE_LIMITS.sentence(),
 }
 ANSWERS = {
     400: "Bad input. The text says what came and what is allowed.",

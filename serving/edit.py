@@ -15,19 +15,22 @@ stops within one step.
 import asyncio
 import base64
 import binascii
+import functools
 import itertools
 import math
 import reprlib
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from engine.fitting import LONGEST, Fitted, at_output_size
-from pipeline.images import EditError, encode_jpeg, encode_png
+from pipeline.images import EditError, encode_jpeg, encode_png, open_image
 from qwen_realtime import EditParams
-from serving.access import Refusal, open_sent, plain, read_json
+from serving.access import Refusal, plain, read_json
+from serving.decoding import Busy, Sender
 from serving.holder import EngineHolder
 
 MAX_BODY_BYTES = 64 * 2**20  # photographs in base64
@@ -179,8 +182,16 @@ def read_base64(value, name: str) -> bytes:
 REFERENCES = ("ref_image", "ref_image_2")  # the second and the third picture
 
 
-def parse_edit(body: bytes, side: int, max_pixels: int = LONGEST**2) -> tuple[Fitted, EditParams, str]:
-    """(pictures, params, format) of a POST /edit body. Without a size the result keeps the first picture's shape.
+def parse_edit(
+    body: bytes, side: int, max_pixels: int = LONGEST**2, decode: Callable[[bytes], np.ndarray] = open_image
+) -> tuple[Fitted, EditParams, str]:
+    """(pictures, params, format) of a POST /edit body: `read_edit` and `open_edit`."""
+    pictures, params, data_format = read_edit(body)
+    return open_edit(pictures, params, side, max_pixels, decode), params, data_format
+
+
+def read_edit(body: bytes) -> tuple[list[bytes], EditParams, str]:
+    """(picture files, params, format) of a POST /edit body; no picture is opened.
 
     With a second picture, and no mode said, a blend ratio means "blend" and none means "references".
     """
@@ -207,8 +218,14 @@ def parse_edit(body: bytes, side: int, max_pixels: int = LONGEST**2) -> tuple[Fi
         raise EditError(f'{count} pictures came in mode "edit". Allowed: one, or the mode "blend" or "references".')
     if len(pictures) > 2 and params.mode == "blend":
         raise EditError('Three pictures came in mode "blend". Allowed: two, or the mode "references".')
-    images = [open_sent(picture) for picture in pictures]
-    return at_output_size(images, params, side, max_pixels), params, data_format
+    return pictures, params, data_format
+
+
+def open_edit(
+    pictures: list[bytes], params: EditParams, side: int, max_pixels: int, decode: Callable[[bytes], np.ndarray]
+) -> Fitted:
+    """The pictures at the output's size. Without a size the result keeps the first picture's shape."""
+    return at_output_size([decode(picture) for picture in pictures], params, side, max_pixels)
 
 
 def check_headers(request: Request) -> None:
@@ -251,7 +268,7 @@ class EditDesk:
 
     def __init__(self, holder: EngineHolder, pool: ThreadPoolExecutor, *, waiting: int):
         self._holder, self._pool = holder, pool
-        self._opening = asyncio.Semaphore(2)  # large uploads opened at one time: each may take hundreds of MB
+        self._opening = asyncio.Semaphore(2)  # large bodies read at one time: each may take hundreds of MB
         self.queue = EditQueue(self._running_places, waiting, self._frame_s)
 
     async def edit(self, request: Request) -> Response:
@@ -259,13 +276,15 @@ class EditDesk:
         engine = ready_engine(self._holder)
         check_headers(request)
         loop = asyncio.get_running_loop()
-        with self.queue.enter(request.client.host if request.client else "") as ticket:
+        client = request.client.host if request.client else ""
+        with self.queue.enter(client) as ticket:
             body = await read_body(request, ticket)
             async with self._opening:
-                pictures, params, data_format = await loop.run_in_executor(
-                    self._pool, parse_edit, body, engine.default_size, engine.config.max_pixels
-                )
+                files, params, data_format = await loop.run_in_executor(self._pool, read_edit, body)
             del body
+            ticket.hold(sum(map(len, files)))
+            pictures = await self._opened(request, client, files, params, engine)
+            del files
             ticket.hold(sum(image.nbytes for image in pictures.images))
             result = await unless_gone(request, self._run(ticket, engine, pictures, params))
             if result.error is not None:
@@ -275,6 +294,16 @@ class EditDesk:
             encode = encode_png if data_format == "png" else encode_jpeg
             data = await loop.run_in_executor(self._pool, encode, result.image)
         return _answer(result, data, data_format, as_json=media_type == "application/json")
+
+    async def _opened(self, request: Request, client: str, files: list[bytes], params: EditParams, engine) -> Fitted:
+        """The opened pictures. When the caller hangs up, opening them ends."""
+        decoder, sender = self._holder.decoder, Sender(client)
+        decode = functools.partial(decoder.open, sender=sender)
+        sizes = engine.default_size, engine.config.max_pixels
+        try:
+            return await unless_gone(request, decoder.run(sender, open_edit, files, params, *sizes, decode))
+        except Busy as error:
+            raise Refusal(503, str(error), retry_after_s=5) from None
 
     async def _run(self, ticket: Ticket, engine, pictures: Fitted, params: EditParams):
         """The EditResult. However this ends, the session is closed and its frame stops within a step."""

@@ -6,6 +6,7 @@ The routes answer from the first second, the model follows: so they hold an `Eng
 import threading
 
 from serving.access import plain
+from serving.decoding import Decoder
 
 
 class EngineHolder:
@@ -17,6 +18,7 @@ class EngineHolder:
         self._state = self._phase = "loading" if engine is None else "ready"
         self._text, self._fraction = ("Starting", 0.0) if engine is None else ("Ready", 1.0)
         self.page_only = ""  # why only the page may edit, where that is so: see `webui.zero`
+        self.decoder = Decoder()  # one for all that this process is sent: routes, socket and page share its limits
         self.choice = choice or {}  # which model and why: {"model", "lora", "reason", "how_to_get_other"}
 
     @property

@@ -35,11 +35,11 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from engine.fitting import Fitted, at_output_size
 from pipeline.images import EditError, encode_jpeg
 from qwen_realtime import EditParams
-from serving.access import failure_kind, open_sent, plain, read_json
+from serving.access import failure_kind, plain, read_json
+from serving.decoding import LIMITS, Sender
 from serving.holder import EngineHolder
 
-MAX_FRAME_BYTES = 4 * 2**20  # one live frame; a 1024x1024 JPEG has about 0.3 MB
-MAX_FRAME_PIXELS = 2048 * 2048
+MAX_FRAME_BYTES = LIMITS.frame_bytes
 MAX_TEXT_BYTES = 64 * 2**10
 MAX_SOCKETS = 256
 SILENCE_TIMEOUT_S = 600.0  # of a socket; a session ends earlier (EngineConfig.idle_timeout_s)
@@ -123,6 +123,7 @@ class LiveConnection:
 
     def __init__(self, websocket: WebSocket, room: LiveRoom):
         self._websocket, self._room, self._holder, self._pool = websocket, room, room.holder, room.pool
+        self._sender = Sender(websocket.client.host if websocket.client else "")
         self._sending = asyncio.Lock()
         self._fresh = asyncio.Event()
         self._inbox: tuple[int, bytes] | None = None  # the newest undecoded frame: number, file bytes
@@ -228,7 +229,6 @@ class LiveConnection:
     # -- to the engine
 
     async def _feed(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._fresh.wait()
             session = await self._open_session() if self._params is not None else None
@@ -238,7 +238,7 @@ class LiveConnection:
             arrived = time.monotonic()
             (number, data), self._inbox = self._inbox, None
             try:
-                picture = await loop.run_in_executor(self._pool, self._open, data, self._params)
+                picture = await self._holder.decoder.run(self._sender, self._open, data, self._params)
                 if session is not self._session:
                     continue  # stopped meanwhile
                 submitted = session.submit(picture, self._params)
@@ -249,7 +249,8 @@ class LiveConnection:
 
     def _open(self, data: bytes, params: EditParams) -> Fitted:
         """The sent picture, already at the output's size where the engine would scale it: its thread is the busy one."""
-        image, engine = open_sent(data, MAX_FRAME_PIXELS), self._holder.engine
+        engine = self._holder.engine
+        image = self._holder.decoder.open(data, self._sender, max_pixels=LIMITS.frame_pixels)
         return at_output_size([image], params, engine.default_size, engine.config.max_pixels, quick=True)
 
     async def _open_session(self):

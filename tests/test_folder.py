@@ -8,7 +8,7 @@ import torch
 
 from cached_pipeline import CachedQwenImageEditPipeline, load_pipeline
 from pipeline import folder
-from pipeline.images import EditError, clip
+from pipeline.picture_files import EditError, clip
 
 
 def test_loading_tells_its_progress_and_describes_itself():

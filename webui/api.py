@@ -19,6 +19,7 @@ from serving.holder import EngineHolder
 from webui.collage import LIMITS as PLACES
 from webui.composite import flatten
 from webui.parts import EDITS_AT_A_TIME, take_file
+from webui.uploads import DISK_FULL, disk_full
 from webui.work import Jobs, Stopped, read_picture, run_edit, save_png, wait_for_engine
 
 MODES = ("references", "blend", "collage")
@@ -34,6 +35,14 @@ class Page(gr.Blocks):
                 print_exception=False,
             )
         return await super().preprocess_data(block_fn, inputs, state, explicit_call)
+
+    async def postprocess_data(self, block_fn, predictions, state):
+        try:  # Gradio copies each file that an event answers
+            return await super().postprocess_data(block_fn, predictions, state)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise gr.Error(disk_full(error), print_exception=False) from None
 
 
 def _addresses(value) -> bool:
@@ -51,10 +60,11 @@ def create_api(holder: EngineHolder, jobs: Jobs) -> None:
         try:
             with jobs.start(request.session_hash or "", f"api {name} {id(request)}") as job:
                 engine = wait_for_engine(holder, job, lambda *_, **__: None)
-                images, own = flat([read_picture(path, which) for path, which in pictures])
+                images, own = flat([read_picture(path, which, job.open) for path, which in pictures])
                 params = EditParams(prompt=prompt or "", **settings, **own)
                 pictures = at_output_size(images, params, engine.default_size, engine.config.max_pixels)
                 result = run_edit(engine, pictures, params, job, lambda step, of: None)
+            saved = save_png(result, engine.description["model"])
         except EditError as error:
             raise gr.Error(str(error), print_exception=False) from None
         except Stopped:
@@ -67,7 +77,7 @@ def create_api(holder: EngineHolder, jobs: Jobs) -> None:
             "age_ms": round(result.age_ms, 1),
             "notes": list(result.notes),
         }
-        return save_png(result, engine.description["model"]), plain(about)
+        return saved, plain(about)
 
     def edit(
         request: gr.Request, image, prompt, steps, width, height, seed, cfg_scale, negative_prompt, fit, reference_area
