@@ -10,7 +10,6 @@ that stops it is another event than the one that runs it, and a closed page stop
 import contextlib
 import html
 import io
-import os
 import queue
 import re
 import tempfile
@@ -24,7 +23,8 @@ from PIL import Image
 
 from pipeline.images import EditError, encode_png, open_image
 from qwen_realtime import EditParams, EditResult, RealtimeEngine
-from server import EngineHolder
+from serving.holder import EngineHolder, why_not
+from webui.uploads import read_upload, upload_folder
 from webui.zero import ZeroEngine
 
 MAX_PICTURE_BYTES = 64 * 2**20
@@ -101,10 +101,7 @@ def read_picture(path: str | None, name: str = "a picture") -> np.ndarray:
     """The file as uint8 (H, W, 3). Raises EditError, also when there is none."""
     if path is None:
         raise EditError(f"Choose {name} first: drop a file, paste one, or press the upload field.")
-    size = Path(path).stat().st_size
-    if size > MAX_PICTURE_BYTES:
-        raise EditError(f"The file has {size:,} bytes. Allowed for a picture: {MAX_PICTURE_BYTES:,}.")
-    return open_image(Path(path).read_bytes())
+    return open_image(read_upload(path, MAX_PICTURE_BYTES))
 
 
 def wait_for_engine(holder: EngineHolder, job: Job, progress: Callable) -> RealtimeEngine:
@@ -115,8 +112,8 @@ def wait_for_engine(holder: EngineHolder, job: Job, progress: Callable) -> Realt
             raise Stopped
         progress(status["fraction"], desc=f"The model is loading: {status['text']}")
         status = holder.wait(1.0)
-    if status["state"] == "failed":
-        raise EditError(f"The model could not be loaded: {status['text']}")
+    if status["state"] != "ready":
+        raise EditError(why_not(status))
     return holder.engine
 
 
@@ -139,7 +136,7 @@ def run_edit(
 
 def new_folder() -> Path:
     """A folder in Gradio's cache: what lies there is served to the page, and deleted with the rest."""
-    cache = Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio")
+    cache = upload_folder()
     cache.mkdir(parents=True, exist_ok=True)
     return Path(tempfile.mkdtemp(dir=cache))
 
@@ -162,7 +159,7 @@ def settings_inside(path: str) -> EditParams | None:
     a picture is a picture, whatever else it carries.
     """
     try:
-        with Image.open(io.BytesIO(Path(path).read_bytes()), formats=("PNG",)) as image:
+        with Image.open(io.BytesIO(read_upload(path, MAX_PICTURE_BYTES)), formats=("PNG",)) as image:
             text = image.text
     except Exception:  # what a damaged file makes its reader raise; whether it is a picture is said elsewhere
         return None
@@ -192,4 +189,3 @@ def describe(result: EditResult) -> str:
     steps = f"{result.params.steps} step{'s' if result.params.steps > 1 else ''}"
     said = f"{stages.get('total', 0):.0f} ms: {parts}<br>{width}×{height} · {steps} · seed {result.params.seed}"
     return "<br>".join([said, *(html.escape(note) for note in result.notes)])
-
