@@ -107,6 +107,7 @@ def test_stop_reaches_the_pages_own_tab_only_and_a_closed_page_all_of_its_tabs()
 
 
 def test_a_picture_too_large_to_be_one_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))  # only what lies there may be opened
     monkeypatch.setattr("webui.work.MAX_PICTURE_BYTES", 10)
     (tmp_path / "a.png").write_bytes(b"x" * 11)
     with pytest.raises(EditError, match="11 bytes"):
@@ -133,7 +134,8 @@ def test_what_a_picture_carries_is_read_back_as_it_was(params, photo):
     assert settings_inside(saved(params, photo)) == params
 
 
-def test_a_picture_from_the_browser_carries_the_same_names_and_is_read_back(tmp_path, photo):
+def test_a_picture_from_the_browser_carries_the_same_names_and_is_read_back(tmp_path, photo, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     text = {"prompt": "p", "seed": "7", "steps": "3", "width": "256", "height": "null", "motion_aware": "true", "model": "x"}
     (tmp_path / "a.png").write_bytes(encode_png(photo(64, 64), text))
     assert settings_inside(str(tmp_path / "a.png")) == EditParams(prompt="p", seed=7, steps=3, width=256, motion_aware=True)

@@ -78,9 +78,9 @@ def read_upload(path: str, most: int) -> bytes:
     except OSError:
         raise EditError(NO_FILE) from None
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise EditError(NO_FILE)
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise EditError(f"The file has more than {most:,} bytes. Allowed for a picture: {most:,}.")
-    return data
+        if status.st_size > most:
+            raise EditError(f"The file has {status.st_size:,} bytes. Allowed for a picture: {most:,}.")
+        return file.read(most)  # no more, even if it grows meanwhile
