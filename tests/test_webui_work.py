@@ -134,8 +134,7 @@ def test_what_a_picture_carries_is_read_back_as_it_was(params, photo):
     assert settings_inside(saved(params, photo)) == params
 
 
-def test_a_picture_from_the_browser_carries_the_same_names_and_is_read_back(tmp_path, photo, monkeypatch):
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+def test_a_picture_from_the_browser_carries_the_same_names_and_is_read_back(tmp_path, photo):
     text = {"prompt": "p", "seed": "7", "steps": "3", "width": "256", "height": "null", "motion_aware": "true", "model": "x"}
     (tmp_path / "a.png").write_bytes(encode_png(photo(64, 64), text))
     assert settings_inside(str(tmp_path / "a.png")) == EditParams(prompt="p", seed=7, steps=3, width=256, motion_aware=True)

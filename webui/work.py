@@ -159,7 +159,7 @@ def settings_inside(path: str) -> EditParams | None:
     a picture is a picture, whatever else it carries.
     """
     try:
-        with Image.open(io.BytesIO(read_upload(path, MAX_PICTURE_BYTES)), formats=("PNG",)) as image:
+        with Image.open(io.BytesIO(Path(path).read_bytes()), formats=("PNG",)) as image:
             text = image.text
     except Exception:  # what a damaged file makes its reader raise; whether it is a picture is said elsewhere
         return None
