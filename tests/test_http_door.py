@@ -7,11 +7,9 @@ import os
 import socket
 import threading
 import time
-from pathlib import Path
 
 import httpx
 import pytest
-from gradio_client import Client, handle_file
 from http_side import PATIENCE_S, StubPipeline, b64, grey, wait_until
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
@@ -194,7 +192,9 @@ def test_json_that_costs_too_much_to_parse_is_refused_before_it_is_parsed_while_
         "/gradio_api/reset",
     ):
         answers = []
-        sender = threading.Thread(target=lambda path=path, answers=answers: answers.append(served.post(path, content=body)))
+        sender = threading.Thread(
+            target=lambda path=path, answers=answers: answers.append(served.post(path, content=body))
+        )
         started = time.process_time()
         sender.start()
         assert served.get("/ready").status_code == 200
@@ -257,16 +257,18 @@ def test_edits_that_no_one_listens_to_end_and_one_address_cannot_fill_the_queue(
     assert served.post("/edit", body).status_code == 200
 
 
-def test_an_edit_that_someone_listens_to_stays(served, monkeypatch, tmp_path):
-    monkeypatch.setattr(serving.door, "UNHEARD_S", 0.2)
+def test_an_edit_that_someone_listens_to_stays(served, monkeypatch):
     served.pipeline.gate.clear()
-    file = tmp_path / "in.png"
-    file.write_bytes(encode_png(grey()))
-    client = Client(served.url, verbose=False, download_files=str(tmp_path))
-    job = client.submit(handle_file(str(file)), "keep it", width=64, height=64, steps=1, api_name="/edit")
-    threading.Timer(1.0, served.pipeline.gate.set).start()
-    assert Path(job.result(PATIENCE_S)[0]).is_file()
-    client.close()
+    body = {"data": [{"path": served.uploaded}, "keep it", *SETTINGS]}
+    event = served.post("/gradio_api/call/edit", body).json()["event_id"]
+    with served.client.stream(
+        "GET", f"{served.url}/gradio_api/call/edit/{event}"
+    ) as answer:  # from its head on it listens
+        monkeypatch.setattr(serving.door, "UNHEARD_S", 0.2)
+        opener = threading.Timer(1.5, served.pipeline.gate.set)
+        opener.start()
+        assert "event: complete" in answer.read().decode()
+    opener.join()
 
 
 # Logins
