@@ -25,6 +25,7 @@ from pathlib import Path
 from urllib.parse import parse_qs
 
 from starlette.requests import HTTPConnection
+from starlette.responses import JSONResponse
 from starlette.websockets import WebSocketClose
 
 from pipeline.images import EditError
@@ -106,7 +107,12 @@ class Door:
                 await WebSocketClose(1008)(scope, receive, send)
             elif not started:
                 refusal = error if isinstance(error, Refusal) else Refusal(400, str(error))
-                await refusal.response()(scope, receive, send)
+                response = refusal.response()
+                if refusal.status == 401:
+                    # As Gradio words it, for its clients; and no word of Basic, or a browser would ask beside the form.
+                    body = {"detail": "Not authenticated", "error": str(refusal), "kind": refusal.kind}
+                    response = JSONResponse(body, 401)
+                await response(scope, receive, send)
 
     # -- the questions
 
