@@ -270,7 +270,7 @@ class Session:
                     result, closed = outlet.take(), self.closed
                 if result is not None:
                     yield result
-                elif closed:
+                if closed:
                     return
         finally:
             with self._lock:
@@ -346,7 +346,8 @@ class RealtimeEngine:
         )
         self._closing = False
         self._thread: threading.Thread | None = None
-        self._start_error: Exception | None = None
+        self._start_error: BaseException | None = None
+        self.failure: str | None = None  # why the inference thread ended by itself
         self._ready = threading.Event()
         self._frames = self._skipped = self._dropped = self._errors = 0
         self._done_times: collections.deque[float] = collections.deque(maxlen=RATE_FRAMES)
@@ -392,7 +393,7 @@ class RealtimeEngine:
         """A new stream. Raises EditError when `max_sessions` are open or the engine is closed."""
         with self._lock:
             if self._closing:
-                raise EditError("The engine is closed.")
+                raise EditError(self.failure or "The engine is closed.")
             now = self._clock()
             self._free_idle(now)
             if len(self._sessions) >= self.config.max_sessions:
@@ -481,13 +482,33 @@ class RealtimeEngine:
                 "fast_path": [{"name": name, "applied": applied, "reason": reason} for name, applied, reason in report],
                 "pipelining": {"applied": self._overlap, "reason": self._why_overlap()},
             }
-        except Exception as error:
+        except BaseException as error:
             self._start_error = error
             return
         finally:
             self._ready.set()
-        while self._serve_next():
-            pass
+        try:
+            while self._serve_next():
+                pass
+        except BaseException as error:  # SystemExit from a library, memory at an end: nobody would answer any more
+            logger.critical("the inference thread died", exc_info=error)
+            self._die(f"The engine has stopped: {type(error).__name__}: {error}. Restart the program.")
+
+    def _die(self, why: str) -> None:
+        """Tells everybody who waits for a frame, and closes all sessions."""
+        with self._lock:
+            self.failure, self._closing, self._tail = why, True, None
+            for session in list(self._sessions.values()):
+                for frame in session._live_frames():
+                    frame.cancelled, frame.work = True, None
+                    result = EditResult(
+                        frame.number, None, EngineError(why, "failed"), frame.params, stages_ms={}, age_ms=0.0,
+                        dropped=session._dropped, fps=0.0, skipped=False,
+                    )  # fmt: skip
+                    session._publish(result)
+                    frame.outcome.set_result(result)
+                session._pending = None
+                self._close_session(session, why)
 
     def _tell_fast_path(self) -> None:
         """What the fast path had to leave out since the start, if its report is another one, goes to the description."""

@@ -16,6 +16,7 @@ does is in `serving/`; this module puts them together and is the program that se
 """
 
 import argparse
+import asyncio
 import collections
 import contextlib
 import logging
@@ -37,12 +38,14 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from serving.access import KINDS, LOOPBACK_NAMES, Endpoint, Guard, Refusal, plain, read_json
+from serving.access import KINDS, Endpoint, Guard, Refusal, plain, read_json
+from serving.connections import bound
 from serving.document import DocumentDesk
 from serving.edit import MAX_BODY_BYTES, EditDesk, parse_edit
+from serving.farewell import SERVER_S, TOLD_S, Farewell, close_engine, end
 from serving.holder import EngineHolder
 from serving.live import MAX_FRAME_BYTES, LiveConnection, LiveRoom
-from serving.startup import add_flags, check_flags, is_loopback, load_engine, warn_if_open
+from serving.startup import add_flags, check_flags, create_guard, load_engine, warn_if_open
 from serving.status import StatusDesk
 
 __all__ = [
@@ -126,29 +129,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_flags(parser, host="127.0.0.1", port=DEFAULT_PORT)
     queue_help = f"edits that may wait; over it the answer is 503 (default {WAITING_EDITS})"
     parser.add_argument("--queue", type=places, default=WAITING_EDITS, metavar="N", help=queue_help)
-    name_help = "a name under which a proxy on this machine passes requests on; may be repeated"
-    parser.add_argument("--allow-host", metavar="NAME", action="append", default=[], help=name_help)
     options = parser.parse_args(argv)
     check_flags(parser, options)
     return options
 
 
-def create_guard(options: argparse.Namespace) -> Guard:
-    """Who may come in. Without a lock a server of this machine answers only to this machine's names: a page of any
-    site could make its own name point here (DNS rebinding) and would then be of the same origin.
-    """
-    guard = Guard(options.auth, options.api_key, origins=options.cors)
-    if guard.locked or not is_loopback(options.host):
-        return guard
-    return Guard(origins=options.cors, hosts=(*LOOPBACK_NAMES, *options.allow_host))
-
-
 class _Server(uvicorn.Server):
-    """Loads the model once the port is ours, and not if it is not."""
+    """Loads the model once the port is ours, and not if it is not; ends as `serving.farewell` says."""
 
-    def __init__(self, config: uvicorn.Config, load: threading.Thread):
+    def __init__(self, config: uvicorn.Config, holder: EngineHolder, load: threading.Thread, farewell: Farewell):
         super().__init__(config)
-        self._load = load
+        self._holder, self._load, self._farewell = holder, load, farewell
+
+    def capture_signals(self):
+        return contextlib.nullcontext()  # they are the farewell's
 
     async def startup(self, sockets=None) -> None:
         await super().startup(sockets)
@@ -157,6 +151,15 @@ class _Server(uvicorn.Server):
             host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
             log.info("listening at %s://%s:%d, see /docs", scheme, host, self.config.port)
             self._load.start()
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._farewell.asked.is_set()
+
+    async def shutdown(self, sockets=None) -> None:
+        self._holder.leave()
+        await asyncio.sleep(TOLD_S)
+        await asyncio.to_thread(close_engine, self._holder)
+        await super().shutdown(sockets)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -180,13 +183,13 @@ def main(argv: list[str] | None = None) -> None:
         ws_per_message_deflate=False,  # pictures do not shrink, and what a peer sends must not grow
         ws_ping_interval=10.0,  # a machine that vanished without a word is noticed within 20 s
         ws_ping_timeout=10.0,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=SERVER_S,
     )
+    bound(config)
     load = threading.Thread(target=load_engine, args=(holder, options), name="loader", daemon=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        _Server(config, load).run()
-    if holder.engine is not None:
-        holder.engine.close()
+    with Farewell() as farewell:
+        _Server(config, holder, load, farewell).run()
+        end()
 
 
 if __name__ == "__main__":

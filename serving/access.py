@@ -27,6 +27,9 @@ from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 
 from pipeline.images import EditError
+from serving.connections import address_of
+from serving.guesses import Guesses
+from serving.json_bounds import check_json
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +39,7 @@ EXPOSED_HEADERS = "Retry-After, Server-Timing, X-Age-Ms, X-Seed"
 # The kinds of refusal, by status where one status has one kind.
 KINDS = {
     400: "bad_input", 401: "login", 403: "forbidden", 404: "no_such_path", 405: "method", 406: "not_acceptable",
-    408: "too_slow", 413: "too_large", 415: "content_type", 503: "busy",
+    408: "too_slow", 413: "too_large", 415: "content_type", 429: "too_many_tries", 503: "busy",
 }  # fmt: skip
 
 FAILURES = ("out_of_memory", "not_finite", "failed")  # the kinds of the engine's own failures
@@ -82,6 +85,12 @@ class Guard:
         self._key = None if api_key is None else api_key.encode()
         self._origins = frozenset(origin.lower().rstrip("/") for origin in origins)
         self._hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
+        self._guesses = Guesses()
+
+    def let_in(self, host: str) -> None:
+        """One more name under which the server may be addressed; a port after it is ignored."""
+        if self._hosts is not None:
+            self._hosts |= {_host_name(host)}
 
     @property
     def locked(self) -> bool:
@@ -91,18 +100,49 @@ class Guard:
         """Whether a person may log in on the page: with the login, or with any name and the key as the password."""
         return self._is_login(user.encode(errors="replace"), password.encode(errors="replace"))
 
+    def try_login(self, address: str) -> "Try":
+        """A login that this address tries; counted as wrong until it is taken back. Raises a Refusal, 429."""
+        self._check_tries(address)
+        return Try(self._guesses, address)
+
     def check(self, connection: HTTPConnection) -> None:
-        """Raises a Refusal, 403 or 401, unless the request may go on."""
+        """Raises a Refusal, 403, 401 or 429, unless the request may go on."""
+        self.check_host(connection)
+        self.check_origin(connection)
+        self.check_login(connection)
+
+    def check_host(self, connection: HTTPConnection) -> None:
+        """Raises a Refusal, 403, when the request is addressed to a name that is not this server's."""
         if self._hosts is not None and _host_name(connection.headers.get("host", "")) not in self._hosts:
             host = connection.headers.get("host", "")
             raise Refusal(
                 403,
                 f"This server is not known as {reprlib.repr(host)}. It answers to: {', '.join(sorted(self._hosts))}.",
             )
+
+    def check_origin(self, connection: HTTPConnection) -> None:
+        """Raises a Refusal, 403, when a page of a site that was not let in asks."""
         if not same_origin(connection) and self._listed_origin(connection) is None:
             raise Refusal(403, f"Requests from {reprlib.repr(connection.headers.get('origin'))} are not allowed here.")
-        if self.locked and not self._has_credentials(connection):
-            raise Refusal(401, 'Log in first, or send the key as "Authorization: Bearer KEY" or "X-API-Key: KEY".')
+
+    def check_login(self, connection: HTTPConnection) -> None:
+        """Raises a Refusal where there is a lock: 401 without the login or the key, 429 after too many wrong ones."""
+        if not self.locked:
+            return
+        # What a browser sends by itself, for whichever page asks, counts only when our own page asks.
+        own_page = same_origin(connection)
+        if own_page and _has_login_cookie(connection):
+            return
+        address = address_of(connection.scope.get("client"))
+        guessed = "authorization" in connection.headers or "x-api-key" in connection.headers
+        if guessed:
+            self._check_tries(address)
+        if self._has_credentials(connection, own_page):
+            self._guesses.right(address)
+            return
+        if guessed:
+            self._guesses.wrong(address)
+        raise Refusal(401, 'Log in first, or send the key as "Authorization: Bearer KEY" or "X-API-Key: KEY".')
 
     def cors_headers(self, connection: HTTPConnection) -> dict[str, str]:
         """What lets a page of a listed origin read the answer; nothing for everybody else."""
@@ -120,23 +160,24 @@ class Guard:
         origin = connection.headers.get("origin")
         return origin if origin is not None and self._origins & {origin.lower(), "*"} else None
 
-    def _has_credentials(self, connection: HTTPConnection) -> bool:
+    def _check_tries(self, address: str) -> None:
+        if wait_s := self._guesses.wait_s(address):
+            raise Refusal(429, f"Too many wrong logins. Try again in {wait_s} s.", retry_after_s=wait_s)
+
+    def _has_credentials(self, connection: HTTPConnection, own_page: bool) -> bool:
         scheme, _, value = connection.headers.get("authorization", "").partition(" ")
         value = value.strip()
         if scheme.lower() == "bearer" and self._is_key(value.encode("latin-1")):
             return True
         if self._is_key(connection.headers.get("x-api-key", "").encode("latin-1")):
             return True
-        # What a browser sends by itself, for whichever page asks, counts only when our own page asks.
-        if not same_origin(connection):
-            return False
-        if scheme.lower() == "basic":
+        if scheme.lower() == "basic" and own_page:
             try:
                 user, _, password = base64.b64decode(value, validate=True).partition(b":")
             except (binascii.Error, ValueError):
                 return False
             return self._is_login(user, password)
-        return _has_login_cookie(connection)
+        return False
 
     def _is_key(self, value: bytes) -> bool:
         return self._key is not None and secrets.compare_digest(value, self._key)
@@ -146,6 +187,26 @@ class Guard:
         if self._auth is not None:  # both are compared, in constant time: neither can be guessed letter by letter
             known = secrets.compare_digest(user, self._auth[0]) & secrets.compare_digest(password, self._auth[1])
         return known | self._is_key(password)
+
+
+class Try:
+    """A login whose outcome is not known yet."""
+
+    def __init__(self, guesses: Guesses, address: str):
+        self._guesses, self._address = guesses, address
+        guesses.wrong(address)
+
+    def take_back(self) -> None:
+        self._guesses.right(self._address)
+
+
+def crosses_sites(connection: HTTPConnection) -> bool:
+    """Whether a browser says that a page of another site made it ask: for what a mere link could otherwise do."""
+    site = connection.headers.get("sec-fetch-site")
+    if site is not None:
+        return site not in ("same-origin", "none")
+    referer = connection.headers.get("referer")
+    return referer is not None and not names_this_host(connection, referer)
 
 
 def _has_login_cookie(connection: HTTPConnection) -> bool:
@@ -169,10 +230,12 @@ def same_origin(connection: HTTPConnection) -> bool:
     header that a foreign page cannot set.
     """
     origin = connection.headers.get("origin")
-    if origin is None:
-        return True
+    return origin is None or names_this_host(connection, origin)
+
+
+def names_this_host(connection: HTTPConnection, address: str) -> bool:
     try:
-        parts = urlsplit(origin)
+        parts = urlsplit(address)
     except ValueError:
         return False
     default_port = {"http": ":80", "https": ":443"}.get(parts.scheme, "")
@@ -255,6 +318,8 @@ def plain(value):
 
 def read_json(text: bytes | str) -> dict:
     """A JSON object; EditError on anything else, NaN and infinite numbers among it."""
+
+    check_json(text.encode(errors="surrogatepass") if isinstance(text, str) else text)
 
     def refuse(name: str):
         raise EditError(f"{name} is not a number that JSON knows.")

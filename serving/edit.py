@@ -31,7 +31,8 @@ from pipeline.images import EditError, encode_jpeg, encode_png, open_image
 from qwen_realtime import EditParams
 from serving.access import Refusal, plain, read_json
 from serving.decoding import Busy, Sender
-from serving.holder import EngineHolder
+from serving.holder import EngineHolder, why_not
+from serving.json_bounds import check_values, count_values
 
 MAX_BODY_BYTES = 64 * 2**20  # photographs in base64
 MAX_HELD_BYTES = 512 * 2**20  # bodies and opened pictures of all requests together
@@ -246,7 +247,7 @@ def _too_large() -> Refusal:
 
 
 async def read_body(request: Request, ticket: Ticket) -> bytes:
-    body = bytearray()
+    body, values = bytearray(), 0
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             async for chunk in request.stream():  # the length header may be absent: count what really comes
@@ -254,6 +255,8 @@ async def read_body(request: Request, ticket: Ticket) -> bytes:
                 if len(body) > MAX_BODY_BYTES:
                     raise _too_large()
                 ticket.hold(len(body))
+                values += count_values(chunk)
+                check_values(values)  # here, not at the end: what costs too much is known from its beginning
     except TimeoutError:
         text = f"Of the request {len(body):,} bytes came in {BODY_TIMEOUT_S:g} s. Send it faster."
         raise Refusal(408, text) from None
@@ -321,6 +324,7 @@ class EditDesk:
                             return result
         except TimeoutError:
             raise Refusal(503, f"The edit was not done within {EDIT_TIMEOUT_S:g} s.", retry_after_s=60) from None
+        ready_engine(self._holder)  # which says why, if the engine has gone
         raise Refusal(503, "The session was closed before the picture was done.", retry_after_s=5)
 
     def _running_places(self) -> int:
@@ -340,7 +344,9 @@ def ready_engine(holder: EngineHolder):
         text = f"The model is loading ({status['fraction']:.0%}: {status['text']}). Try again shortly."
         raise Refusal(503, text, kind="loading", retry_after_s=5)
     if status["state"] == "failed":
-        raise Refusal(503, f"The model could not be loaded: {status['text']}", kind="failed_to_load")
+        raise Refusal(503, why_not(status), kind="failed" if "description" in status else "failed_to_load")
+    if status["state"] == "stopping":
+        raise Refusal(503, why_not(status), kind="stopping", retry_after_s=10)
     if holder.page_only:
         raise Refusal(503, holder.page_only, kind="page_only")
     return holder.engine

@@ -117,7 +117,7 @@ class LiveRoom:
 class LiveConnection:
     """One browser's live view: its socket, its settings, its session of the engine."""
 
-    STATUS_EVERY_S = 0.3  # while loading
+    STATUS_EVERY_S = 0.3
     RETRY_BUSY_S = 0.25
     STATS_EVERY_S = 1.0
 
@@ -265,7 +265,7 @@ class LiveConnection:
             if self._inbox is None:
                 self._room.leave_line(self)
                 return None
-            if self._holder.engine is None:
+            if self._holder.status()["state"] != "ready":
                 await asyncio.sleep(self.STATUS_EVERY_S)  # _announce tells the browser why
                 continue
             self._session, position = self._room.take_session(self)
@@ -292,15 +292,16 @@ class LiveConnection:
     # -- outgoing
 
     async def _announce(self) -> None:
-        """Tells how the loading goes until it has ended, one way or the other."""
+        """Tells how the loading goes, when the engine fails, and when the program ends; then it closes the socket."""
         said = None
         while True:
             status = self._holder.status()
             if status != said:
                 await self._say("status", **status)
                 said = status
-            if status["state"] == "ready":
-                return
+            if status["state"] == "stopping":
+                await self._websocket.close(1001, status["text"])
+                raise _Gone
             await asyncio.sleep(self.STATUS_EVERY_S)
 
     async def _send_results(self, session) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.images import EditError
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
-from serving.access import LOOPBACK_NAMES
+from serving.access import LOOPBACK_NAMES, Guard
 from serving.holder import EngineHolder
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,8 @@ def add_flags(parser: argparse.ArgumentParser, *, host: str, port: int) -> None:
     add("--api-key", type=key_text, metavar="KEY", default=os.environ.get(KEY_VARIABLE) or None, help=key_help)
     cors_help = 'let pages of this site use the routes and the socket, or "*" for any; may be repeated'
     add("--cors", type=site, metavar="SITE", action="append", default=[], help=cors_help)
+    name_help = "a name under which a proxy on this machine passes requests on; may be repeated"
+    add("--allow-host", metavar="NAME", action="append", default=[], help=name_help)
     add("--ssl-keyfile", metavar="KEY.pem", help="TLS key: a camera needs HTTPS away from localhost")
     add("--ssl-certfile", metavar="CERT.pem", help="TLS certificate")
 
@@ -96,6 +98,17 @@ def check_flags(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
     for file in (options.ssl_keyfile, options.ssl_certfile):
         if file is not None and not Path(file).is_file():
             parser.error(f"{file} is not a file")
+
+
+def create_guard(options: argparse.Namespace) -> Guard:
+    """Who may come in. Without a lock a program of this machine answers only to this machine's names: a page of any
+    site could make its own name point here (DNS rebinding) and would then be of the same origin. In a Space the
+    platform's proxy is the only way in, under names that it chooses.
+    """
+    guard = Guard(options.auth, options.api_key, origins=options.cors)
+    if guard.locked or not is_loopback(options.host) or os.environ.get("SPACE_ID"):
+        return guard
+    return Guard(origins=options.cors, hosts=(*LOOPBACK_NAMES, *options.allow_host))
 
 
 def is_loopback(host: str) -> bool:

@@ -108,6 +108,7 @@ def test_stop_reaches_the_pages_own_tab_only_and_a_closed_page_all_of_its_tabs()
 
 
 def test_a_picture_too_large_to_be_one_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))  # only what lies there may be opened
     monkeypatch.setattr("webui.work.LIMITS", Limits(file_bytes=10))
     (tmp_path / "a.png").write_bytes(b"x" * 11)
     with pytest.raises(EditError, match="11 bytes"):

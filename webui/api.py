@@ -18,22 +18,22 @@ from serving.access import plain
 from serving.holder import EngineHolder
 from webui.collage import LIMITS as PLACES
 from webui.composite import flatten
+from webui.full_disk import DISK_FULL, disk_full
 from webui.parts import EDITS_AT_A_TIME, take_file
-from webui.uploads import DISK_FULL, disk_full
+from webui.uploads import check_files
 from webui.work import Jobs, Stopped, read_picture, run_edit, save_png, wait_for_engine
 
 MODES = ("references", "blend", "collage")
 
 
 class Page(gr.Blocks):
-    """The page. Nothing is fetched for whoever calls it: a file must have been uploaded."""
+    """The page. It opens what was uploaded to it and nothing else, and nothing is fetched for its callers."""
 
     async def preprocess_data(self, block_fn, inputs, state, explicit_call=False):
-        if any(_addresses(value) for value in inputs):
-            raise gr.Error(
-                "A picture came as an address. Allowed: a file that is uploaded, or data:image/png;base64,... over MCP.",
-                print_exception=False,
-            )
+        try:
+            check_files(inputs)
+        except EditError as error:
+            raise gr.Error(str(error), print_exception=False) from None
         return await super().preprocess_data(block_fn, inputs, state, explicit_call)
 
     async def postprocess_data(self, block_fn, predictions, state):
@@ -43,14 +43,6 @@ class Page(gr.Blocks):
             if error.errno not in DISK_FULL:
                 raise
             raise gr.Error(disk_full(error), print_exception=False) from None
-
-
-def _addresses(value) -> bool:
-    """Whether a file of an address is anywhere in what came for one input."""
-    if isinstance(value, dict):
-        path = value.get("path")
-        return (isinstance(path, str) and "://" in path) or any(_addresses(item) for item in value.values())
-    return isinstance(value, (list, tuple)) and any(_addresses(item) for item in value)
 
 
 def create_api(holder: EngineHolder, jobs: Jobs) -> None:

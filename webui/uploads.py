@@ -1,46 +1,86 @@
-"""Uploads when the disk is full: a sentence for the sender, and nothing left behind.
+"""Which files the page may open: regular files that were uploaded to it or made by it, and no others.
 
-Gradio deletes the temporary files of an upload when its form is malformed or too large. When writing them fails, or the
-sender leaves in the middle, they stay, and a disk that is full stays full. Its parser is therefore replaced by one that
-deletes them whatever went wrong.
+A page's events carry paths, and whoever calls an event writes them. Gradio checks the paths of some components and not of
+others, and copies, converts or fetches some before a component sees them. So `check_files` looks at everything an event
+brings before Gradio does, and `read_upload` opens a file so that what was checked is what is read.
 """
 
-import contextlib
-import errno
+import os
+import stat
+import tempfile
 from pathlib import Path
 
-from gradio import route_utils
-from starlette.requests import Request
-from starlette.responses import JSONResponse
+from pipeline.images import EditError
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def disk_full(error: OSError) -> str:
-    if error.errno == errno.EFBIG:
-        return "The file is larger than the server may write. Send a smaller picture or a shorter video."
-    return "The server's disk is full, so nothing could be saved. Try again later, or tell who runs the server."
+NO_FILE = (
+    "The picture is not a file that was uploaded here. Upload it first, or send data:image/png;base64,... over MCP."
+)
+AN_ADDRESS = "A picture came as an address. Allowed: a file that is uploaded, or data:image/png;base64,... over MCP."
 
 
-class _Parser(route_utils.GradioMultiPartParser):
-    async def parse(self):
-        try:
-            return await super().parse()
-        except BaseException:
-            for file in self._files_to_close_on_error:
-                with contextlib.suppress(OSError):  # closing writes what is still in memory, which fails again
-                    file.close()
-                Path(file.name).unlink(missing_ok=True)
-            raise
+def own_folder() -> Path:
+    """A new folder that only this user can enter, where Gradio and the page keep files until the program ends."""
+    parent = os.environ.get("GRADIO_TEMP_DIR")
+    if parent:
+        Path(parent).mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="image-editor-", dir=parent)).resolve()
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    return folder
 
 
-def handle_full_disk() -> dict:
-    """Replaces Gradio's parser; returns the exception handlers that its application takes."""
-    route_utils.GradioMultiPartParser = _Parser
+def upload_folder() -> Path:
+    return Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio").resolve()
 
-    async def answer(request: Request, error: OSError):
-        if error.errno not in DISK_FULL:
-            raise error
-        return JSONResponse({"error": disk_full(error), "detail": disk_full(error), "kind": "disk_full"}, 507)
 
-    return {OSError: answer}
+def check_files(value) -> None:
+    """Raises EditError when anything in `value`, what came for an event, names a file that may not be opened."""
+    if isinstance(value, dict):
+        path, url = value.get("path"), value.get("url")
+        if path is not None:
+            check_upload(path)
+        elif isinstance(url, str) and not url.startswith("data:"):
+            raise EditError(AN_ADDRESS)
+        for item in value.values():
+            check_files(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            check_files(item)
+
+
+def check_upload(path) -> None:
+    """Raises EditError unless this is the true path of a regular file inside the upload folder."""
+    if not isinstance(path, str) or "\0" in path:
+        raise EditError(NO_FILE)
+    if "://" in path:
+        raise EditError(AN_ADDRESS)
+    folder = upload_folder()
+    try:
+        true = Path(path).resolve(strict=True)
+        # The same text after resolving: no link anywhere below the folder, no "..", nothing relative.
+        inside = true.is_relative_to(folder) and true == folder / os.path.relpath(os.path.abspath(path), _as_given())
+        regular = stat.S_ISREG(os.lstat(true).st_mode)
+    except (OSError, ValueError, RuntimeError):
+        raise EditError(NO_FILE) from None
+    if not (inside and regular):
+        raise EditError(NO_FILE)
+
+
+def _as_given() -> str:
+    return os.path.abspath(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio")
+
+
+def read_upload(path: str, most: int) -> bytes:
+    """The bytes of a file that `check_upload` allows. Raises EditError, also when there are more than `most`."""
+    check_upload(path)
+    try:
+        # Neither a link nor a pipe that was put there meanwhile is followed or waited for.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except OSError:
+        raise EditError(NO_FILE) from None
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise EditError(NO_FILE)
+        if status.st_size > most:
+            raise EditError(f"The file has {status.st_size:,} bytes. Allowed for a picture: {most:,}.")
+        return file.read(most)  # no more, even if it grows meanwhile

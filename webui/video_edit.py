@@ -26,7 +26,7 @@ import numpy as np
 
 from pipeline.geometry import padded
 from pipeline.images import EditError
-from webui.uploads import DISK_FULL, disk_full
+from webui.full_disk import DISK_FULL, disk_full
 
 log = logging.getLogger(__name__)
 

@@ -25,8 +25,9 @@ from pipeline.images import EditError, encode_png, open_image
 from qwen_realtime import EditParams, EditResult, RealtimeEngine
 from serving.decode_worker import png_text
 from serving.decoding import LIMITS, Decoder, Left, Sender
-from serving.holder import EngineHolder
-from webui.uploads import DISK_FULL, disk_full
+from serving.holder import EngineHolder, why_not
+from webui.full_disk import DISK_FULL, disk_full
+from webui.uploads import check_upload, read_upload, upload_folder
 from webui.zero import ZeroEngine
 
 
@@ -117,21 +118,17 @@ class Jobs:
 def read_picture(path: str | None, name: str = "a picture", decode: Callable = open_image) -> np.ndarray:
     """The file as uint8 (H, W, 3), opened by `decode`. Raises EditError, also when there is none."""
     check_chosen(path, name)
-    return decode(_content(path))
+    return decode(read_upload(path, LIMITS.file_bytes))
 
 
 def check_chosen(path: str | None, name: str) -> None:
     """Raises EditError when no file was chosen, or one that is too large to be a picture."""
     if path is None:
         raise EditError(f"Choose {name} first: drop a file, paste one, or press the upload field.")
-    size = Path(path).stat().st_size
+    check_upload(path)
+    size = os.lstat(path).st_size
     if size > LIMITS.file_bytes:
         raise EditError(f"The file has {size:,} bytes. Allowed for a picture: {LIMITS.file_bytes:,}.")
-
-
-def _content(path: str) -> bytes:
-    with open(path, "rb") as file:  # no more than this, should it grow
-        return file.read(LIMITS.file_bytes + 1)
 
 
 def wait_for_engine(holder: EngineHolder, job: Job, progress: Callable) -> RealtimeEngine:
@@ -142,8 +139,8 @@ def wait_for_engine(holder: EngineHolder, job: Job, progress: Callable) -> Realt
             raise Stopped
         progress(status["fraction"], desc=f"The model is loading: {status['text']}")
         status = holder.wait(1.0)
-    if status["state"] == "failed":
-        raise EditError(f"The model could not be loaded: {status['text']}")
+    if status["state"] != "ready":
+        raise EditError(why_not(status))
     return holder.engine
 
 
@@ -166,7 +163,7 @@ def run_edit(
 
 def new_folder() -> Path:
     """A folder in Gradio's cache: what lies there is served to the page, and deleted with the rest. Raises EditError."""
-    cache = Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio")
+    cache = upload_folder()
     try:
         cache.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(dir=cache))
@@ -209,7 +206,10 @@ def settings_inside(path: str, read_text: Callable[[bytes], dict[str, str]] = pn
     """The settings that this editor wrote into a picture, None where there are none. Never raises on a file's account:
     a picture is a picture, whatever else it carries.
     """
-    data = _content(path)
+    try:
+        data = read_upload(path, LIMITS.file_bytes)
+    except EditError:
+        return None
     if b"prompt\0" not in data:  # the name of the text chunk; most pictures need not be read for it
         return None
     try:
@@ -242,4 +242,3 @@ def describe(result: EditResult) -> str:
     steps = f"{result.params.steps} step{'s' if result.params.steps > 1 else ''}"
     said = f"{stages.get('total', 0):.0f} ms: {parts}<br>{width}×{height} · {steps} · seed {result.params.seed}"
     return "<br>".join([said, *(html.escape(note) for note in result.notes)])
-
