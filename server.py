@@ -27,6 +27,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
@@ -36,11 +37,12 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from serving.access import KINDS, LOOPBACK_NAMES, Endpoint, Guard, Refusal, plain, read_json
+from serving.access import KINDS, LOOPBACK_NAMES, Endpoint, Guard, Refusal, plain, read_json, refusal_body
 from serving.document import DocumentDesk
 from serving.edit import MAX_BODY_BYTES, EditDesk, fitted, output_size, parse_edit
 from serving.holder import EngineHolder
 from serving.live import MAX_FRAME_BYTES, LiveConnection, LiveRoom
+from serving.proxy import BehindProxy
 from serving.startup import add_flags, check_flags, is_loopback, load_engine, warn_if_open
 from serving.status import StatusDesk
 
@@ -103,8 +105,8 @@ def create_app(holder: EngineHolder, guard: Guard | None = None, *, waiting_edit
 
     async def refuse(request: Request, error: HTTPException) -> Response:
         text = f"There is no {request.url.path} here. See /docs."
-        body = {"error": text if error.status_code == 404 else error.detail, "kind": KINDS.get(error.status_code, "")}
-        return JSONResponse(body, error.status_code, error.headers)
+        text = text if error.status_code == 404 else error.detail
+        return JSONResponse(refusal_body(text, KINDS.get(error.status_code, "")), error.status_code, error.headers)
 
     guard = guard or Guard()
     routes = create_routes(holder, guard=guard, waiting_edits=waiting_edits)
@@ -134,12 +136,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def create_guard(options: argparse.Namespace) -> Guard:
     """Who may come in. Without a lock a server of this machine answers only to this machine's names: a page of any
-    site could make its own name point here (DNS rebinding) and would then be of the same origin.
+    site could make its own name point here (DNS rebinding) and would then be of the same origin. Pages that this
+    machine serves may use it, at whatever port: a person's own front end is one.
     """
     guard = Guard(options.auth, options.api_key, origins=options.cors)
     if guard.locked or not is_loopback(options.host):
         return guard
-    return Guard(origins=options.cors, hosts=(*LOOPBACK_NAMES, *options.allow_host))
+    public = urlsplit(options.root_path).hostname
+    hosts = (*LOOPBACK_NAMES, *options.allow_host, *([public] if public else []))
+    return Guard(origins=options.cors, hosts=hosts, local_pages=True)
 
 
 class _Server(uvicorn.Server):
@@ -166,7 +171,11 @@ def main(argv: list[str] | None = None) -> None:
     guard, holder = create_guard(options), EngineHolder()
     warn_if_open(options.host, locked=guard.locked)
     config = uvicorn.Config(
-        create_app(holder, guard, waiting_edits=options.queue),
+        BehindProxy(
+            create_app(holder, guard, waiting_edits=options.queue),
+            trusted=options.forwarded_allow_ips,
+            root_path=options.root_path,
+        ),
         host=options.host,
         port=options.port,
         ssl_keyfile=options.ssl_keyfile,
@@ -175,6 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         access_log=False,
         lifespan="off",
         server_header=False,
+        proxy_headers=False,  # `BehindProxy` does it, and must see the address that the connection comes from
         ws_max_size=2 * MAX_FRAME_BYTES,  # up to here we say what is too large; beyond, the socket is closed
         ws_per_message_deflate=False,  # pictures do not shrink, and what a peer sends must not grow
         ws_ping_interval=10.0,  # a machine that vanished without a word is noticed within 20 s

@@ -27,8 +27,10 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import threading
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from server import EngineHolder, Guard, create_routes
+from serving.proxy import BehindProxy
 from serving.startup import add_flags, check_flags, load_engine, port_number, warn_if_open
 from webui.api import Page, create_api, mcp_missing
 from webui.composite import create_composite
@@ -119,6 +121,7 @@ def launch(holder: EngineHolder, options: argparse.Namespace) -> gr.Blocks:
     """Serves the page and the routes, and returns as soon as they answer."""
     os.environ["GRADIO_SSR_MODE"] = "false"  # its Node proxy would answer our routes with a page and hang our sockets
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["FORWARDED_ALLOW_IPS"] = ""  # uvicorn must leave the peer's address to `BehindProxy`
     guard = Guard(options.auth, options.api_key, origins=options.cors)
     warn_if_open(options.host, locked=guard.locked, share=options.share)
     demo = create_demo(holder, streams=not zero_gpu())
@@ -130,7 +133,11 @@ def launch(holder: EngineHolder, options: argparse.Namespace) -> gr.Blocks:
         ssl_keyfile=options.ssl_keyfile,
         ssl_certfile=options.ssl_certfile,
         ssl_verify=False,  # concerns only Gradio's own look at its page: a certificate of one's own is fine
-        app_kwargs={"routes": create_routes(holder, guard=guard)},
+        root_path=options.root_path,
+        app_kwargs={
+            "routes": create_routes(holder, guard=guard),
+            "middleware": [Middleware(BehindProxy, trusted=options.forwarded_allow_ips, root_path=options.root_path)],
+        },
         max_file_size=MAX_BYTES,  # of a video; what a picture may have is said by `webui.work`
         mcp_server=options.mcp,
         theme=create_theme(),

@@ -16,6 +16,7 @@ import collections
 import json
 import logging
 import math
+import re
 import reprlib
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
@@ -31,6 +32,7 @@ from pipeline.images import MAX_PIXELS, EditError, open_image
 log = logging.getLogger(__name__)
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+LOOPBACK_ORIGIN = re.compile(rf"https?://({'|'.join(map(re.escape, LOOPBACK_NAMES))})(:\d{{1,5}})?")
 EXPOSED_HEADERS = "Retry-After, Server-Timing, X-Age-Ms, X-Seed"
 
 # The kinds of refusal, by status where one status has one kind.
@@ -58,7 +60,12 @@ class Refusal(Exception):
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
         if self.status == 401:
             headers["WWW-Authenticate"] = 'Basic realm="image editor"'
-        return JSONResponse({"error": str(self), "kind": self.kind}, self.status, headers)
+        return JSONResponse(refusal_body(str(self), self.kind), self.status, headers)
+
+
+def refusal_body(text: str, kind: str) -> dict[str, str]:
+    """What every answer but a good one says. `detail` repeats the text under the name that FastAPI's clients read."""
+    return {"error": text, "kind": kind, "detail": text}
 
 
 class Guard:
@@ -67,7 +74,8 @@ class Guard:
     `auth` = (user, password): the login of the page (its cookie), or HTTP Basic. `api_key`: the header
     `Authorization: Bearer KEY` or `X-API-Key: KEY`, or Basic with the key as the password, which is what a browser
     can ask a person for. `origins`: other sites whose pages may come too, as "https://name", or "*"; they bring the
-    key in a header. `hosts`: names under which the server may be addressed, None for any.
+    key in a header. `hosts`: names under which the server may be addressed, None for any. `local_pages`: whether pages
+    that this machine itself serves, at any port, may come as listed ones may; no site elsewhere has such an origin.
     """
 
     def __init__(
@@ -77,11 +85,13 @@ class Guard:
         *,
         origins: Iterable[str] = (),
         hosts: Iterable[str] | None = None,
+        local_pages: bool = False,
     ):
         self._auth = None if auth is None else tuple(part.encode() for part in auth)
         self._key = None if api_key is None else api_key.encode()
         self._origins = frozenset(origin.lower().rstrip("/") for origin in origins)
         self._hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
+        self._local_pages = local_pages
 
     @property
     def locked(self) -> bool:
@@ -93,14 +103,20 @@ class Guard:
 
     def check(self, connection: HTTPConnection) -> None:
         """Raises a Refusal, 403 or 401, unless the request may go on."""
-        if self._hosts is not None and _host_name(connection.headers.get("host", "")) not in self._hosts:
-            host = connection.headers.get("host", "")
+        for host in asked_hosts(connection):
+            if self._hosts is not None and _host_name(host) not in self._hosts:
+                known = ", ".join(sorted(self._hosts))
+                raise Refusal(
+                    403,
+                    f"This server is not known as {reprlib.repr(host)}. It answers to: {known}. --allow-host adds a name.",
+                )
+        if not same_origin(connection) and self._listed_origin(connection) is None:
+            origin, hosts = reprlib.repr(connection.headers.get("origin")), " and ".join(asked_hosts(connection))
             raise Refusal(
                 403,
-                f"This server is not known as {reprlib.repr(host)}. It answers to: {', '.join(sorted(self._hosts))}.",
+                f"Requests from {origin} are not allowed here: this is {hosts}. --cors lets another site in; "
+                "a proxy must pass on the name and the port that the browser asked for.",
             )
-        if not same_origin(connection) and self._listed_origin(connection) is None:
-            raise Refusal(403, f"Requests from {reprlib.repr(connection.headers.get('origin'))} are not allowed here.")
         if self.locked and not self._has_credentials(connection):
             raise Refusal(401, 'Log in first, or send the key as "Authorization: Bearer KEY" or "X-API-Key: KEY".')
 
@@ -108,7 +124,7 @@ class Guard:
         """What lets a page of a listed origin read the answer; nothing for everybody else."""
         origin = self._listed_origin(connection)
         if origin is None:
-            return {"Vary": "Origin"} if self._origins else {}
+            return {"Vary": "Origin"} if self._origins or self._local_pages else {}
         # Never Access-Control-Allow-Credentials: a foreign page brings a key of its own, not a person's cookie.
         return {
             "Access-Control-Allow-Origin": origin,
@@ -118,7 +134,10 @@ class Guard:
 
     def _listed_origin(self, connection: HTTPConnection) -> str | None:
         origin = connection.headers.get("origin")
-        return origin if origin is not None and self._origins & {origin.lower(), "*"} else None
+        if origin is None:
+            return None
+        local = self._local_pages and LOOPBACK_ORIGIN.fullmatch(origin.lower())
+        return origin if local or self._origins & {origin.lower(), "*"} else None
 
     def _has_credentials(self, connection: HTTPConnection) -> bool:
         scheme, _, value = connection.headers.get("authorization", "").partition(" ")
@@ -162,11 +181,19 @@ def _host_name(host: str) -> str:
     return name if colon and port.isdigit() else host.strip().lower()
 
 
+def asked_hosts(connection: HTTPConnection) -> list[str]:
+    """Under which names this server was asked for: the Host header and, behind a trusted proxy (see `proxy`),
+    X-Forwarded-Host. A page that has made its own name point here can set the second one, so both must be good.
+    """
+    forwarded = connection.headers.get("x-forwarded-host")
+    return [connection.headers.get("host", ""), *([forwarded] if forwarded else [])]
+
+
 def same_origin(connection: HTTPConnection) -> bool:
     """Whether the Origin header, which every browser sends with a socket and a post, names this host.
 
-    No Origin means no browser, so no foreign page either. Behind a proxy the public name is in X-Forwarded-Host, a
-    header that a foreign page cannot set.
+    No Origin means no browser, so no foreign page either. A foreign page cannot set X-Forwarded-Host. Many proxies
+    pass that on without the port (nginx's $host); any port of the name is then ours, as it is for cookies.
     """
     origin = connection.headers.get("origin")
     if origin is None:
@@ -175,10 +202,13 @@ def same_origin(connection: HTTPConnection) -> bool:
         parts = urlsplit(origin)
     except ValueError:
         return False
+    if not parts.netloc:
+        return False
     default_port = {"http": ":80", "https": ":443"}.get(parts.scheme, "")
-    hosts = (connection.headers.get("host"), connection.headers.get("x-forwarded-host"))
-    ours = {host.strip().lower().removesuffix(default_port) for host in hosts if host}
-    return bool(parts.netloc) and parts.netloc.lower().removesuffix(default_port) in ours
+    came = parts.netloc.lower().removesuffix(default_port)
+    ours = {host.strip().lower().removesuffix(default_port) for host in asked_hosts(connection)}
+    forwarded = connection.headers.get("x-forwarded-host", "").strip().lower()
+    return came in ours or (forwarded == _host_name(forwarded) and _host_name(came) == forwarded)
 
 
 class Endpoint:
@@ -229,6 +259,8 @@ class Endpoint:
                 "Access-Control-Allow-Headers": "Authorization, Content-Type, X-API-Key",
                 "Access-Control-Max-Age": "600",
             }
+            if "access-control-request-private-network" in request.headers:  # a public page that asks for a private host
+                headers["Access-Control-Allow-Private-Network"] = "true"
             return Response(status_code=204, headers=headers)
         self._guard.check(request)
         if request.method not in self._handlers:

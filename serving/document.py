@@ -113,6 +113,8 @@ def edit_schema(pictures: str) -> dict:
     properties = {"image": PICTURE, **settings}
     properties["format"] = {"type": "string", "enum": list(FORMATS), "default": "png",
                             "description": "Of the picture in a JSON answer; for bytes the Accept header says it."}  # fmt: skip
+    properties["use_cfg"] = {"type": "boolean", "description": "Short for cfg_scale: true is 4, as in the stock pipeline; "
+                             "false is 1, off. Not together with cfg_scale."}  # fmt: skip
     required = ["image", "prompt"]
     if pictures == "one":
         properties["ref_image"] = {"type": "null", "description": "No second picture."}
@@ -121,7 +123,8 @@ def edit_schema(pictures: str) -> dict:
         properties["mode"] = settings["mode"]
         properties["ref_image"] = PICTURE | {"description": "The second picture, in base64."}
         required.append("ref_image")
-    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    body = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    return body | {"not": {"required": ["use_cfg", "cfg_scale"]}}
 
 
 def _answers(*statuses: int) -> dict:
@@ -187,6 +190,7 @@ def _schemas() -> dict:
         "seed": whole,
         "stages_ms": {"type": "object", "additionalProperties": number},
         "age_ms": number | {"description": "From the engine's mailbox to done."},
+        "elapsed": number | {"description": "Seconds, from the request's headers to the answer."},
     }
     ready = {
         "state": {"enum": ["loading", "warming", "ready", "failed"]},
@@ -213,8 +217,12 @@ def _schemas() -> dict:
         "Health": {"type": "object", "properties": health, "required": list(health)[:8]},
         "Refusal": {
             "type": "object",
-            "properties": {"error": {"type": "string"}, "kind": {"type": "string", "enum": kinds}},
-            "required": ["error", "kind"],
+            "properties": {
+                "error": {"type": "string"},
+                "kind": {"type": "string", "enum": kinds},
+                "detail": {"type": "string", "description": "The same text as error."},
+            },
+            "required": ["error", "kind", "detail"],
         },
     }
 

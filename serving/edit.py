@@ -18,6 +18,7 @@ import binascii
 import itertools
 import math
 import reprlib
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,6 +30,7 @@ from pipeline.images import EditError, encode_jpeg, encode_png, fit
 from qwen_realtime import LIMITS, SIZE_MULTIPLE, EditParams
 from serving.access import Refusal, open_sent, plain, read_json
 from serving.holder import EngineHolder
+from serving.proxy import client_address
 
 MAX_BODY_BYTES = 64 * 2**20  # two photographs in base64
 MAX_HELD_BYTES = 512 * 2**20  # bodies and opened pictures of all requests together
@@ -36,6 +38,7 @@ BODY_TIMEOUT_S = 60.0
 EDIT_TIMEOUT_S = 600.0  # no edit takes so long: only an engine that hangs
 MAX_RETRY_AFTER_S = 60
 FORMATS = {"png": "image/png", "jpeg": "image/jpeg"}
+STOCK_CFG_SCALE = 4.0  # `true_cfg_scale` of diffusers' QwenImageEditPlusPipeline, which `use_cfg` turns on
 OFFERS = ("application/json", *FORMATS.values())
 
 
@@ -209,6 +212,7 @@ def parse_edit(body: bytes, side: int):
         pictures.append(read_base64(fields["ref_image"], "ref_image"))
         fields.setdefault("mode", "blend" if "blend_ratio" in fields else "references")
     fields.pop("ref_image", None)
+    _read_use_cfg(fields)
     if "prompt" not in fields:
         raise EditError('"prompt" is missing: what to change.')
     params = EditParams.from_dict(fields)  # what is wrong with the settings is said before the pictures cost anything
@@ -221,6 +225,18 @@ def parse_edit(body: bytes, side: int):
         width, height = output_size(images[0].shape[1], images[0].shape[0], side)
         params = params.replace(width=width, height=height)
     return fitted(images, params), params, data_format
+
+
+def _read_use_cfg(fields: dict) -> None:
+    """Replaces `use_cfg` by the `cfg_scale` that it stands for: true is the scale of the stock pipeline, false is off."""
+    if "use_cfg" not in fields:
+        return
+    on = fields.pop("use_cfg")
+    if not isinstance(on, bool):
+        raise EditError(f"use_cfg is {reprlib.repr(on)}. Allowed: true, false.")
+    if "cfg_scale" in fields:
+        raise EditError("Both use_cfg and cfg_scale came, and they set the same. Allowed: one of them.")
+    fields["cfg_scale"] = STOCK_CFG_SCALE if on else 1.0
 
 
 def fitted(images: list[np.ndarray], params: EditParams) -> list[np.ndarray]:
@@ -276,11 +292,12 @@ class EditDesk:
         self.queue = EditQueue(self._running_places, waiting, self._frame_s)
 
     async def edit(self, request: Request) -> Response:
+        began = time.monotonic()
         media_type = negotiate(request.headers.get("accept"))
         engine = ready_engine(self._holder)
         check_headers(request)
         loop = asyncio.get_running_loop()
-        with self.queue.enter(request.client.host if request.client else "") as ticket:
+        with self.queue.enter(client_address(request.scope)) as ticket:
             body = await read_body(request, ticket)
             async with self._opening:
                 images, params, data_format = await loop.run_in_executor(
@@ -295,7 +312,9 @@ class EditDesk:
                 data_format = next(name for name, kind in FORMATS.items() if kind == media_type)
             encode = encode_png if data_format == "png" else encode_jpeg
             data = await loop.run_in_executor(self._pool, encode, result.image)
-        return _answer(result, data, data_format, as_json=media_type == "application/json")
+        if media_type != "application/json":
+            return _bytes_answer(result, data, data_format)
+        return JSONResponse(_json_answer(result, data, data_format) | {"elapsed": round(time.monotonic() - began, 3)})
 
     async def _run(self, ticket: Ticket, engine, images: list[np.ndarray], params: EditParams):
         """The EditResult. However this ends, the session is closed and its frame stops within a step."""
@@ -357,19 +376,19 @@ async def unless_gone(request: Request, work: Coroutine):
         await asyncio.gather(*tasks, return_exceptions=True)  # the place is free when this returns
 
 
-def _answer(result, data: bytes, data_format: str, *, as_json: bool) -> Response:
-    params, stages_ms, age_ms = result.params, plain(result.stages_ms), round(result.age_ms, 1)
-    if not as_json:
-        timing = ", ".join(f"{name};dur={ms:.1f}" for name, ms in stages_ms.items())
-        headers = {"Server-Timing": timing, "X-Age-Ms": str(age_ms), "X-Seed": str(params.seed)}
-        return Response(data, media_type=FORMATS[data_format], headers=headers)
-    answer = {
+def _bytes_answer(result, data: bytes, data_format: str) -> Response:
+    timing = ", ".join(f"{name};dur={ms:.1f}" for name, ms in plain(result.stages_ms).items())
+    headers = {"Server-Timing": timing, "X-Age-Ms": str(round(result.age_ms, 1)), "X-Seed": str(result.params.seed)}
+    return Response(data, media_type=FORMATS[data_format], headers=headers)
+
+
+def _json_answer(result, data: bytes, data_format: str) -> dict:
+    return {
         "image": base64.b64encode(data).decode(),
         "format": data_format,
         "width": result.image.shape[1],
         "height": result.image.shape[0],
-        "seed": params.seed,
-        "stages_ms": stages_ms,
-        "age_ms": age_ms,
+        "seed": result.params.seed,
+        "stages_ms": plain(result.stages_ms),
+        "age_ms": round(result.age_ms, 1),
     }
-    return JSONResponse(answer)

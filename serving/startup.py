@@ -20,6 +20,7 @@ from pipeline.images import EditError
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
 from serving.access import LOOPBACK_NAMES
 from serving.holder import EngineHolder
+from serving.proxy import ROOT_PATH, TRUSTED
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,12 @@ def site(text: str) -> str:
     return text
 
 
+def root_path(text: str) -> str:
+    if not ROOT_PATH.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no place: expected one like /edit or https://example.org/edit")
+    return text.rstrip("/")
+
+
 def sessions(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 1024):
         raise argparse.ArgumentTypeError(f"{text!r} is no number of sessions: expected 1 to 1024")
@@ -85,6 +92,11 @@ def add_flags(parser: argparse.ArgumentParser, *, host: str, port: int) -> None:
     add("--api-key", type=key_text, metavar="KEY", default=os.environ.get(KEY_VARIABLE) or None, help=key_help)
     cors_help = 'let pages of this site use the routes and the socket, or "*" for any; may be repeated'
     add("--cors", type=site, metavar="SITE", action="append", default=[], help=cors_help)
+    root_help = "behind a proxy: the path, or the whole address, under which it offers this program, like /edit"
+    add("--root-path", type=root_path, metavar="PATH", default="", help=root_help)
+    trusted = os.environ.get("FORWARDED_ALLOW_IPS", TRUSTED)  # the variable that uvicorn and gunicorn read too
+    proxy_help = f'addresses of proxies whose X-Forwarded headers count, or "*" for any (default {trusted})'
+    add("--forwarded-allow-ips", metavar="ADDRESSES", default=trusted, help=proxy_help)
     add("--ssl-keyfile", metavar="KEY.pem", help="TLS key: a camera needs HTTPS away from localhost")
     add("--ssl-certfile", metavar="CERT.pem", help="TLS certificate")
 
