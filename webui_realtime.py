@@ -48,6 +48,10 @@ log = logging.getLogger("webui_realtime")
 
 DEFAULT_PORT = 7865
 TITLE = "Realtime image editor"
+LOGIN_NOTE = (
+    "Asked again after a right login? Then your browser has held its cookie back, as most do with a page inside the page "
+    'of another site. <a href="./" target="_blank">Open this page in a tab of its own.</a>'
+)
 MOST_WAITING = 128  # events of all pages and callers together; over it Gradio answers 503
 
 
@@ -130,6 +134,7 @@ def launch(holder: EngineHolder, options: argparse.Namespace) -> gr.Blocks:
         server_port=options.port,
         share=options.share,
         auth=guard.login if guard.locked else None,  # the login, or any name with the key as the password
+        auth_message=LOGIN_NOTE if guard.locked else None,
         ssl_keyfile=options.ssl_keyfile,
         ssl_certfile=options.ssl_certfile,
         ssl_verify=False,  # concerns only Gradio's own look at its page: a certificate of one's own is fine

@@ -192,8 +192,7 @@ def asked_hosts(connection: HTTPConnection) -> list[str]:
 def same_origin(connection: HTTPConnection) -> bool:
     """Whether the Origin header, which every browser sends with a socket and a post, names this host.
 
-    No Origin means no browser, so no foreign page either. A foreign page cannot set X-Forwarded-Host. Many proxies
-    pass that on without the port (nginx's $host); any port of the name is then ours, as it is for cookies.
+    No Origin means no browser, so no foreign page either. A foreign page cannot set X-Forwarded-Host.
     """
     origin = connection.headers.get("origin")
     if origin is None:
@@ -202,13 +201,9 @@ def same_origin(connection: HTTPConnection) -> bool:
         parts = urlsplit(origin)
     except ValueError:
         return False
-    if not parts.netloc:
-        return False
     default_port = {"http": ":80", "https": ":443"}.get(parts.scheme, "")
-    came = parts.netloc.lower().removesuffix(default_port)
     ours = {host.strip().lower().removesuffix(default_port) for host in asked_hosts(connection)}
-    forwarded = connection.headers.get("x-forwarded-host", "").strip().lower()
-    return came in ours or (forwarded == _host_name(forwarded) and _host_name(came) == forwarded)
+    return bool(parts.netloc) and parts.netloc.lower().removesuffix(default_port) in ours
 
 
 class Endpoint:
