@@ -32,10 +32,11 @@ from starlette.middleware import Middleware
 from server import EngineHolder, Guard, create_routes
 from serving.proxy import BehindProxy
 from serving.startup import add_flags, check_flags, load_engine, port_number, warn_if_open
-from webui.api import Page, create_api, mcp_missing
+from webui.api import Page, create_api
 from webui.composite import create_composite
 from webui.controls import SHARE_SETTINGS, create_settings
 from webui.live import create_live
+from webui.mcp import answer_in_full, mcp_missing
 from webui.parts import asset, preset_chips
 from webui.theme import create_theme
 from webui.upload import create_upload
@@ -155,6 +156,7 @@ def launch(holder: EngineHolder, options: argparse.Namespace) -> gr.Blocks:
     )
     log.info("the page is at %s", demo.local_url)
     if options.mcp:
+        answer_in_full(demo)
         log.info("MCP is at %sgradio_api/mcp/", demo.local_url)
     if options.share:
         log.info("and for everybody who knows this link at %s", demo.share_url or "nowhere: no link could be made")

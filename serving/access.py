@@ -132,12 +132,14 @@ class Guard:
             "Vary": "Origin",
         }
 
+    def allows_origin(self, origin: str) -> bool:
+        """Whether pages of this other site may come: it is listed, or it is of this machine where that is enough."""
+        local = self._local_pages and LOOPBACK_ORIGIN.fullmatch(origin.lower()) is not None
+        return local or bool(self._origins & {origin.lower(), "*"})
+
     def _listed_origin(self, connection: HTTPConnection) -> str | None:
         origin = connection.headers.get("origin")
-        if origin is None:
-            return None
-        local = self._local_pages and LOOPBACK_ORIGIN.fullmatch(origin.lower())
-        return origin if local or self._origins & {origin.lower(), "*"} else None
+        return origin if origin is not None and self.allows_origin(origin) else None
 
     def _has_credentials(self, connection: HTTPConnection) -> bool:
         scheme, _, value = connection.headers.get("authorization", "").partition(" ")

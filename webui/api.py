@@ -17,6 +17,7 @@ from server import EngineHolder, fitted, output_size
 from serving.access import plain
 from webui.collage import LIMITS as PLACES
 from webui.composite import flatten
+from webui.mcp import with_own_files
 from webui.parts import EDITS_AT_A_TIME, take_file
 from webui.work import Jobs, Stopped, read_picture, run_edit, save_png, wait_for_engine
 
@@ -27,9 +28,11 @@ class Page(gr.Blocks):
     """The page. Nothing is fetched for whoever calls it: a file must have been uploaded."""
 
     async def preprocess_data(self, block_fn, inputs, state, explicit_call=False):
+        inputs = [with_own_files(value) for value in inputs]
         if any(_addresses(value) for value in inputs):
             raise gr.Error(
-                "A picture came as an address. Allowed: a file that is uploaded, or data:image/png;base64,... over MCP.",
+                "A picture came as an address. Allowed: a file uploaded here, by the address that the upload gives, "
+                "or data:image/png;base64,... over MCP.",
                 print_exception=False,
             )
         return await super().preprocess_data(block_fn, inputs, state, explicit_call)
@@ -75,7 +78,7 @@ def create_api(holder: EngineHolder, jobs: Jobs) -> None:
         """Edits a picture by an instruction in words.
 
         Args:
-            image: The picture, as an uploaded file; over MCP as data:image/png;base64,... (no address is fetched).
+            image: The picture, as an uploaded file; over MCP by its address on this server, or as data:image/png;base64,... (nothing is fetched).
             prompt: What to change, for example "make it a pencil sketch". At most 2000 characters.
             steps: Denoising steps, 1 to 8. More is slower, often finer.
             width: Of the result in pixels, a multiple of 16 from 64 to 2048; 0 in both: as the picture is shaped.
@@ -99,7 +102,7 @@ def create_api(holder: EngineHolder, jobs: Jobs) -> None:
         """Edits two pictures together by an instruction in words.
 
         Args:
-            image: Picture 1, as an uploaded file; over MCP as data:image/png;base64,... (no address is fetched).
+            image: Picture 1, as an uploaded file; over MCP by its address on this server, or as data:image/png;base64,... (nothing is fetched).
             ref_image: Picture 2, likewise.
             prompt: What to do; with mode "references" it may speak of picture 1 and picture 2.
             mode: "references": the model sees both; "blend": they are mixed by blend_ratio, then edited; "collage": picture 2 is laid on picture 1, then the flat result is edited.
@@ -174,12 +177,3 @@ def _settings(steps, width, height, seed, cfg_scale, negative_prompt, fit, refer
         "fit": fit,
         "reference_area": reference_area,
     }
-
-
-def mcp_missing() -> str | None:
-    """Why MCP cannot be served here; None when it can."""
-    try:
-        import mcp  # noqa: F401
-    except ImportError:
-        return 'MCP needs a package that is not here: pip install "gradio[mcp]"'
-    return None
