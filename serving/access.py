@@ -7,7 +7,8 @@ socket and a post, name this host, or a site that the operator let in? Does it b
 `launch(auth=...)` guards only Gradio's own routes, and its CORS settings do not cover sockets.
 
 `Endpoint` is that frame for HTTP: whatever a handler raises, the caller reads JSON, {"error": what came and what is
-allowed, "kind": one word for programs}. Only the kinds of `FAILURES` are 500: the request was good, the model failed.
+allowed, "kind": one word for programs, "detail": as error}. Only the kinds of `FAILURES` are 500: the request was good,
+the model failed.
 """
 
 import base64

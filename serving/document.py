@@ -18,6 +18,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from qwen_realtime import CHOICES, LIMITS, MAX_PROMPT_CHARS, SIZE_MULTIPLE, EditParams
 from serving.access import FAILURES, KINDS
 from serving.edit import FORMATS, MAX_BODY_BYTES
+from serving.proxy import public_address
 
 MEANINGS = {  # of the EditParams
     "prompt": "What to change, in words.",
@@ -329,7 +330,7 @@ def docs_page(document: dict, address: str, *, locked: bool = False) -> str:
 <pre><code>{_text(python)}</code></pre>
 <h3>Request</h3>{_table(("field", "allowed", "meaning"), rows)}
 <h3>Answers</h3>{_table(("status", "", "meaning"), answers)}
-<p>Every answer but 200 is <code>{{"error": what came and what is allowed, "kind": one word for programs}}</code>.</p>
+<p>Every answer but 200 is <code>{{"error": what came and what is allowed, "kind": one word for programs, "detail": as error}}</code>.</p>
 <h2>Others</h2>{_table(("GET", "", "meaning"), others)}
 <h2>The live socket <code>/live</code></h2>
 <pre><code>{_text(SOCKET)}</code></pre>
@@ -378,10 +379,6 @@ class DocumentDesk:
         return JSONResponse(self._document)
 
     async def docs(self, request: Request) -> Response:
-        try:
-            address = str(request.base_url).rstrip("/")
-        except ValueError:  # a Host header that is no host
-            address = ""
-        page = docs_page(self._document, address, locked=self._locked)
+        page = docs_page(self._document, public_address(request), locked=self._locked)
         policy = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})

@@ -12,11 +12,15 @@ visitor's own, and X-Forwarded-Host, where it is present, can be believed as far
 import re
 from urllib.parse import urlsplit
 
+from starlette.requests import HTTPConnection
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 TRUSTED = "127.0.0.1,::1"  # a proxy on this machine
 ROOT_PATH = re.compile(r"(https?://[^\s/?#@]+)?(/[\w.~%-]+)*/?", re.ASCII)
 
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:\d{1,5})?", re.ASCII | re.IGNORECASE)
+
+_PREFIX = "image_editor.prefix"  # in the scope
 _HOST, _PORT, _PROTO = b"x-forwarded-host", b"x-forwarded-port", b"x-forwarded-proto"
 _FORWARDED = (_HOST, _PORT, _PROTO, b"x-forwarded-for", b"x-forwarded-prefix", b"forwarded")
 
@@ -25,6 +29,13 @@ def client_address(scope) -> str:
     """The visitor's address, "" where it is not known. Call it below `BehindProxy`."""
     client = scope.get("client")
     return client[0] if client else ""
+
+
+def public_address(connection: HTTPConnection) -> str:
+    """Where the visitor found the program, as "https://editor.example/edit"; "" where the headers say nothing usable."""
+    host = connection.headers.get("x-forwarded-host") or connection.headers.get("host", "")
+    scheme = connection.scope["scheme"]
+    return f"{scheme}://{host}{connection.scope.get(_PREFIX, '')}" if HOST.fullmatch(host) else ""
 
 
 class BehindProxy:
@@ -62,7 +73,7 @@ class BehindProxy:
         if not self._prefix:
             return {}
         # Starlette would cut the prefix off once more where it finds it again: off the route /edit under the prefix /edit.
-        cut = {"root_path": ""}
+        cut = {"root_path": "", _PREFIX: self._prefix}
         if scope["path"].startswith(self._prefix + "/"):  # a path that is exactly the prefix may be a route of that name
             raw, prefix = scope.get("raw_path"), self._prefix.encode()
             cut |= {"path": scope["path"][len(prefix) :]}

@@ -169,6 +169,7 @@ def test_the_routes_work_for_the_page_and_their_documents_speak_of_the_same_fold
     assert visitor.get("health").json()["state"] == "ready"
     docs, document = visitor.get("docs"), visitor.get("openapi.json").json()
     assert docs.status_code == 200 and not re.search(r'(?:href|src)="(?:/|http://(?:127|localhost))', docs.text)
+    assert f"curl {public}edit" in docs.text
     assert document["servers"] == [{"url": "."}]  # relative to the document: `public` and a route's name
     stranger = visitor.post("edit", json=body, headers={"origin": "https://evil.example"})
     assert stranger.status_code == 403 and "evil.example" in stranger.json()["error"]
