@@ -17,9 +17,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 TRUSTED = "127.0.0.1,::1"  # a proxy on this machine
 ROOT_PATH = re.compile(r"(https?://[^\s/?#@]+)?(/[\w.~%-]+)*/?", re.ASCII)
-
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:\d{1,5})?", re.ASCII | re.IGNORECASE)
-
 _PREFIX = "image_editor.prefix"  # in the scope
 _HOST, _PORT, _PROTO = b"x-forwarded-host", b"x-forwarded-port", b"x-forwarded-proto"
 _FORWARDED = (_HOST, _PORT, _PROTO, b"x-forwarded-for", b"x-forwarded-prefix", b"forwarded")
@@ -46,7 +44,8 @@ class BehindProxy:
     """
 
     def __init__(self, app, *, trusted: str = TRUSTED, root_path: str = ""):
-        self._app = ProxyHeadersMiddleware(app, [name.strip() for name in trusted.split(",")])
+        everyone = "*" in trusted
+        self._app = ProxyHeadersMiddleware(app, "*" if everyone else [name.strip() for name in trusted.split(",")])
         parts = urlsplit(root_path)
         self._public_host, self._prefix = parts.netloc.encode(), parts.path.rstrip("/")
 

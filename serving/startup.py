@@ -5,6 +5,7 @@
 """
 
 import argparse
+import ipaddress
 import logging
 import os
 import re
@@ -65,6 +66,16 @@ def root_path(text: str) -> str:
     return text.rstrip("/")
 
 
+def addresses(text: str) -> str:
+    for part in text.split(","):
+        try:
+            if part.strip() != "*":
+                ipaddress.ip_network(part.strip())
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{error}: expected addresses or networks, with commas between them") from None
+    return text
+
+
 def sessions(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 1024):
         raise argparse.ArgumentTypeError(f"{text!r} is no number of sessions: expected 1 to 1024")
@@ -94,9 +105,9 @@ def add_flags(parser: argparse.ArgumentParser, *, host: str, port: int) -> None:
     add("--cors", type=site, metavar="SITE", action="append", default=[], help=cors_help)
     root_help = "behind a proxy: the path, or the whole address, under which it offers this program, like /edit"
     add("--root-path", type=root_path, metavar="PATH", default="", help=root_help)
-    trusted = os.environ.get("FORWARDED_ALLOW_IPS", TRUSTED)  # the variable that uvicorn and gunicorn read too
+    trusted = os.environ.get("FORWARDED_ALLOW_IPS") or TRUSTED  # the variable that uvicorn and gunicorn read too
     proxy_help = f'addresses of proxies whose X-Forwarded headers count, or "*" for any (default {trusted})'
-    add("--forwarded-allow-ips", metavar="ADDRESSES", default=trusted, help=proxy_help)
+    add("--forwarded-allow-ips", type=addresses, metavar="ADDRESSES", default=trusted, help=proxy_help)
     add("--ssl-keyfile", metavar="KEY.pem", help="TLS key: a camera needs HTTPS away from localhost")
     add("--ssl-certfile", metavar="CERT.pem", help="TLS certificate")
 

@@ -45,7 +45,7 @@ def test_a_trusted_proxys_word_counts_and_nobody_elses_is_even_passed_on():
     assert (stranger["client"], stranger["scheme"], stranger["own"]) == ("203.0.113.5", "http", False)
     assert stranger["host"] == "inner:7865" and stranger["forwarded"] == []
     assert seen(FORWARDED, peer="203.0.113.5", trusted="10.0.0.1, 203.0.113.0/24")["own"]
-    assert not seen(FORWARDED, trusted="10.0.0.1")["own"]
+    assert not seen(FORWARDED, trusted="10.0.0.1")["own"] and seen(FORWARDED, peer="203.0.113.5", trusted="*")["own"]
 
 
 def test_of_a_chain_the_visitor_is_whom_the_last_trusted_proxy_saw():
@@ -113,3 +113,16 @@ def test_root_paths_that_are_none_end_the_program_with_usage(capsys):
         with pytest.raises(SystemExit):
             parse_args(["--root-path", bad])
         assert "expected one like /edit" in capsys.readouterr().err
+
+
+def test_who_is_trusted_is_said_by_addresses_and_a_name_in_their_place_ends_the_program(capsys, monkeypatch):
+    for good in ("*", "10.0.0.7", "127.0.0.1, 10.0.0.0/8,fd00::/8"):
+        assert parse_args(["--forwarded-allow-ips", good]).forwarded_allow_ips == good
+    for bad in ("proxy.example", "10.0.0.1/8", "10.0.0.1,", "127.0.0.1 10.0.0.1"):
+        with pytest.raises(SystemExit):
+            parse_args(["--forwarded-allow-ips", bad])
+        assert "expected addresses or networks" in capsys.readouterr().err
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "10.0.0.7")
+    assert parse_args([]).forwarded_allow_ips == "10.0.0.7"
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "")
+    assert parse_args([]).forwarded_allow_ips == "127.0.0.1,::1"
