@@ -7,7 +7,7 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from server import create_guard, parse_args
+from server import EngineHolder, create_app, create_guard, parse_args
 from serving.access import Refusal, same_origin
 from serving.proxy import BehindProxy, client_address
 
@@ -126,3 +126,18 @@ def test_who_is_trusted_is_said_by_addresses_and_a_name_in_their_place_ends_the_
     assert parse_args([]).forwarded_allow_ips == "10.0.0.7"
     monkeypatch.setenv("FORWARDED_ALLOW_IPS", "")
     assert parse_args([]).forwarded_allow_ips == "127.0.0.1,::1"
+
+
+def test_the_server_without_the_page_works_under_a_prefix_too():
+    app = BehindProxy(create_app(EngineHolder()), root_path="/edit")
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://inner:8086") as client:
+            home, docs = await client.get("/edit/"), await client.get("/edit/docs", headers=FORWARDED)
+            edits = [await client.post(path, json={}) for path in ("/edit/edit", "/edit")]
+            return home, docs, edits
+
+    home, docs, edits = asyncio.run(ask())
+    assert home.status_code == 307 and home.headers["location"] == "docs"  # relative: /edit/docs
+    assert docs.status_code == 200 and "curl https://editor.example:8443/edit/edit" in docs.text
+    assert [answer.json()["kind"] for answer in edits] == ["loading", "loading"]
