@@ -105,7 +105,8 @@ def add_flags(parser: argparse.ArgumentParser, *, host: str, port: int) -> None:
     add("--cors", type=site, metavar="SITE", action="append", default=[], help=cors_help)
     root_help = "behind a proxy: the path, or the whole address, under which it offers this program, like /edit"
     add("--root-path", type=root_path, metavar="PATH", default="", help=root_help)
-    trusted = os.environ.get("FORWARDED_ALLOW_IPS") or TRUSTED  # the variable that uvicorn and gunicorn read too
+    # The variable that uvicorn and gunicorn read too. A Space can be reached through its platform's proxy alone.
+    trusted = os.environ.get("FORWARDED_ALLOW_IPS") or ("*" if os.environ.get("SPACE_ID") else TRUSTED)
     proxy_help = f'addresses of proxies whose X-Forwarded headers count, or "*" for any (default {trusted})'
     add("--forwarded-allow-ips", type=addresses, metavar="ADDRESSES", default=trusted, help=proxy_help)
     add("--ssl-keyfile", metavar="KEY.pem", help="TLS key: a camera needs HTTPS away from localhost")

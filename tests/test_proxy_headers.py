@@ -126,6 +126,8 @@ def test_who_is_trusted_is_said_by_addresses_and_a_name_in_their_place_ends_the_
     assert parse_args([]).forwarded_allow_ips == "10.0.0.7"
     monkeypatch.setenv("FORWARDED_ALLOW_IPS", "")
     assert parse_args([]).forwarded_allow_ips == "127.0.0.1,::1"
+    monkeypatch.setenv("SPACE_ID", "ann/editor")  # its platform's proxy is the only way in
+    assert parse_args([]).forwarded_allow_ips == "*"
 
 
 def test_the_server_without_the_page_works_under_a_prefix_too():
