@@ -38,13 +38,14 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from serving.access import KINDS, Endpoint, Guard, Refusal, plain, read_json
+from serving.access import KINDS, Endpoint, Guard, Refusal, plain, read_json, refusal_body
 from serving.connections import bound
 from serving.document import DocumentDesk
 from serving.edit import MAX_BODY_BYTES, EditDesk, parse_edit
 from serving.farewell import SERVER_S, TOLD_S, Farewell, close_engine, end
 from serving.holder import EngineHolder
 from serving.live import MAX_FRAME_BYTES, LiveConnection, LiveRoom
+from serving.proxy import BehindProxy
 from serving.startup import add_flags, check_flags, create_guard, load_engine, warn_if_open
 from serving.status import StatusDesk
 
@@ -107,8 +108,8 @@ def create_app(holder: EngineHolder, guard: Guard | None = None, *, waiting_edit
 
     async def refuse(request: Request, error: HTTPException) -> Response:
         text = f"There is no {request.url.path} here. See /docs."
-        body = {"error": text if error.status_code == 404 else error.detail, "kind": KINDS.get(error.status_code, "")}
-        return JSONResponse(body, error.status_code, error.headers)
+        text = text if error.status_code == 404 else error.detail
+        return JSONResponse(refusal_body(text, KINDS.get(error.status_code, "")), error.status_code, error.headers)
 
     guard = guard or Guard()
     routes = create_routes(holder, guard=guard, waiting_edits=waiting_edits)
@@ -170,7 +171,11 @@ def main(argv: list[str] | None = None) -> None:
     guard, holder = create_guard(options), EngineHolder()
     warn_if_open(options.host, locked=guard.locked)
     config = uvicorn.Config(
-        create_app(holder, guard, waiting_edits=options.queue),
+        BehindProxy(
+            create_app(holder, guard, waiting_edits=options.queue),
+            trusted=options.forwarded_allow_ips,
+            root_path=options.root_path,
+        ),
         host=options.host,
         port=options.port,
         ssl_keyfile=options.ssl_keyfile,
@@ -179,6 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         access_log=False,
         lifespan="off",
         server_header=False,
+        proxy_headers=False,  # `BehindProxy` does it, and must see the address that the connection comes from
         ws_max_size=2 * MAX_FRAME_BYTES,  # up to here we say what is too large; beyond, the socket is closed
         ws_per_message_deflate=False,  # pictures do not shrink, and what a peer sends must not grow
         ws_ping_interval=10.0,  # a machine that vanished without a word is noticed within 20 s

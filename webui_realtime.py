@@ -41,12 +41,14 @@ from server import MAX_FRAME_BYTES, EngineHolder, create_routes
 from serving.connections import bound
 from serving.door import Door
 from serving.farewell import SERVER_S, TOLD_S, Farewell, close_engine, end
+from serving.proxy import BehindProxy
 from serving.startup import add_flags, check_flags, create_guard, load_engine, port_number, warn_if_open
-from webui.api import Page, create_api, mcp_missing
+from webui.api import Page, create_api
 from webui.composite import create_composite
 from webui.controls import SHARE_SETTINGS, create_settings
 from webui.full_disk import handle_full_disk
 from webui.live import create_live
+from webui.mcp import answer_in_full, mcp_missing
 from webui.parts import asset, preset_chips
 from webui.theme import create_theme
 from webui.upload import create_upload
@@ -60,6 +62,10 @@ log = logging.getLogger("webui_realtime")
 
 DEFAULT_PORT = 7865
 TITLE = "Realtime image editor"
+LOGIN_NOTE = (
+    "Asked again after a right login? Then your browser has held its cookie back, as most do with a page inside the page "
+    'of another site. <a href="./" target="_blank">Open this page in a tab of its own.</a>'
+)
 MOST_WAITING = 128  # events of all pages and callers together; over it Gradio answers 503
 
 
@@ -142,6 +148,7 @@ def launch(holder: EngineHolder, options: argparse.Namespace) -> gr.Blocks:
     """Serves the page and the routes, and returns as soon as they answer."""
     os.environ["GRADIO_SSR_MODE"] = "false"  # its Node proxy would answer our routes with a page and hang our sockets
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["FORWARDED_ALLOW_IPS"] = ""  # uvicorn must leave the peer's address to `BehindProxy`
     guard, jobs = create_guard(options), Jobs(holder.decoder)
     warn_if_open(options.host, locked=guard.locked, share=options.share)
     demo = create_demo(holder, jobs=jobs, streams=not zero_gpu())
@@ -160,10 +167,19 @@ def launch(holder: EngineHolder, options: argparse.Namespace) -> gr.Blocks:
         server_port=options.port,
         share=options.share,
         auth=guard.login if guard.locked else None,  # the login, or any name with the key as the password
+        auth_message=LOGIN_NOTE if guard.locked else None,
         ssl_keyfile=options.ssl_keyfile,
         ssl_certfile=options.ssl_certfile,
         ssl_verify=False,  # concerns only Gradio's own look at its page: a certificate of one's own is fine
-        app_kwargs={"routes": routes, "middleware": [door], "exception_handlers": handle_full_disk()},
+        root_path=options.root_path,
+        app_kwargs={
+            "routes": routes,
+            "middleware": [
+                Middleware(BehindProxy, trusted=options.forwarded_allow_ips, root_path=options.root_path),
+                door,
+            ],
+            "exception_handlers": handle_full_disk(),
+        },
         max_file_size=MAX_BYTES,  # of a video; what a picture may have is said by `webui.work`
         mcp_server=options.mcp,
         theme=create_theme(),
@@ -179,6 +195,7 @@ def launch(holder: EngineHolder, options: argparse.Namespace) -> gr.Blocks:
         guard.let_in(urlsplit(demo.share_url).netloc)
     log.info("the page is at %s", demo.local_url)
     if options.mcp:
+        answer_in_full(demo)
         log.info("MCP is at %sgradio_api/mcp/", demo.local_url)
     if options.share:
         log.info("and for everybody who knows this link at %s", demo.share_url or "nowhere: no link could be made")

@@ -7,7 +7,8 @@ socket and a post, name this host, or a site that the operator let in? Does it b
 `launch(auth=...)` guards only Gradio's own routes, and its CORS settings do not cover sockets.
 
 `Endpoint` is that frame for HTTP: whatever a handler raises, the caller reads JSON, {"error": what came and what is
-allowed, "kind": one word for programs}. Only the kinds of `FAILURES` are 500: the request was good, the model failed.
+allowed, "kind": one word for programs, "detail": as error}. Only the kinds of `FAILURES` are 500: the request was good,
+the model failed.
 """
 
 import base64
@@ -16,6 +17,7 @@ import collections
 import json
 import logging
 import math
+import re
 import reprlib
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
@@ -34,6 +36,7 @@ from serving.json_bounds import check_json
 log = logging.getLogger(__name__)
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+LOOPBACK_ORIGIN = re.compile(rf"https?://({'|'.join(map(re.escape, LOOPBACK_NAMES))})(:\d{{1,5}})?")
 EXPOSED_HEADERS = "Retry-After, Server-Timing, X-Age-Ms, X-Seed"
 
 # The kinds of refusal, by status where one status has one kind.
@@ -61,7 +64,12 @@ class Refusal(Exception):
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
         if self.status == 401:
             headers["WWW-Authenticate"] = 'Basic realm="image editor"'
-        return JSONResponse({"error": str(self), "kind": self.kind}, self.status, headers)
+        return JSONResponse(refusal_body(str(self), self.kind), self.status, headers)
+
+
+def refusal_body(text: str, kind: str) -> dict[str, str]:
+    """What every answer but a good one says. `detail` repeats the text under the name that FastAPI's clients read."""
+    return {"error": text, "kind": kind, "detail": text}
 
 
 class Guard:
@@ -70,7 +78,8 @@ class Guard:
     `auth` = (user, password): the login of the page (its cookie), or HTTP Basic. `api_key`: the header
     `Authorization: Bearer KEY` or `X-API-Key: KEY`, or Basic with the key as the password, which is what a browser
     can ask a person for. `origins`: other sites whose pages may come too, as "https://name", or "*"; they bring the
-    key in a header. `hosts`: names under which the server may be addressed, None for any.
+    key in a header. `hosts`: names under which the server may be addressed, None for any. `local_pages`: whether pages
+    that this machine itself serves, at any port, may come as listed ones may; no site elsewhere has such an origin.
     """
 
     def __init__(
@@ -80,11 +89,13 @@ class Guard:
         *,
         origins: Iterable[str] = (),
         hosts: Iterable[str] | None = None,
+        local_pages: bool = False,
     ):
         self._auth = None if auth is None else tuple(part.encode() for part in auth)
         self._key = None if api_key is None else api_key.encode()
         self._origins = frozenset(origin.lower().rstrip("/") for origin in origins)
         self._hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
+        self._local_pages = local_pages
         self._guesses = Guesses()
 
     def let_in(self, host: str) -> None:
@@ -113,17 +124,23 @@ class Guard:
 
     def check_host(self, connection: HTTPConnection) -> None:
         """Raises a Refusal, 403, when the request is addressed to a name that is not this server's."""
-        if self._hosts is not None and _host_name(connection.headers.get("host", "")) not in self._hosts:
-            host = connection.headers.get("host", "")
-            raise Refusal(
-                403,
-                f"This server is not known as {reprlib.repr(host)}. It answers to: {', '.join(sorted(self._hosts))}.",
-            )
+        for host in asked_hosts(connection):
+            if self._hosts is not None and _host_name(host) not in self._hosts:
+                known = ", ".join(sorted(self._hosts))
+                raise Refusal(
+                    403,
+                    f"This server is not known as {reprlib.repr(host)}. It answers to: {known}. --allow-host adds a name.",
+                )
 
     def check_origin(self, connection: HTTPConnection) -> None:
         """Raises a Refusal, 403, when a page of a site that was not let in asks."""
         if not same_origin(connection) and self._listed_origin(connection) is None:
-            raise Refusal(403, f"Requests from {reprlib.repr(connection.headers.get('origin'))} are not allowed here.")
+            origin, hosts = reprlib.repr(connection.headers.get("origin")), " and ".join(asked_hosts(connection))
+            raise Refusal(
+                403,
+                f"Requests from {origin} are not allowed here: this is {hosts}. --cors lets another site in; "
+                "a proxy must pass on the name and the port that the browser asked for.",
+            )
 
     def check_login(self, connection: HTTPConnection) -> None:
         """Raises a Refusal where there is a lock: 401 without the login or the key, 429 after too many wrong ones."""
@@ -148,7 +165,7 @@ class Guard:
         """What lets a page of a listed origin read the answer; nothing for everybody else."""
         origin = self._listed_origin(connection)
         if origin is None:
-            return {"Vary": "Origin"} if self._origins else {}
+            return {"Vary": "Origin"} if self._origins or self._local_pages else {}
         # Never Access-Control-Allow-Credentials: a foreign page brings a key of its own, not a person's cookie.
         return {
             "Access-Control-Allow-Origin": origin,
@@ -156,9 +173,14 @@ class Guard:
             "Vary": "Origin",
         }
 
+    def allows_origin(self, origin: str) -> bool:
+        """Whether pages of this other site may come: it is listed, or it is of this machine where that is enough."""
+        local = self._local_pages and LOOPBACK_ORIGIN.fullmatch(origin.lower()) is not None
+        return local or bool(self._origins & {origin.lower(), "*"})
+
     def _listed_origin(self, connection: HTTPConnection) -> str | None:
         origin = connection.headers.get("origin")
-        return origin if origin is not None and self._origins & {origin.lower(), "*"} else None
+        return origin if origin is not None and self.allows_origin(origin) else None
 
     def _check_tries(self, address: str) -> None:
         if wait_s := self._guesses.wait_s(address):
@@ -223,11 +245,18 @@ def _host_name(host: str) -> str:
     return name if colon and port.isdigit() else host.strip().lower()
 
 
+def asked_hosts(connection: HTTPConnection) -> list[str]:
+    """Under which names this server was asked for: the Host header and, behind a trusted proxy (see `proxy`),
+    X-Forwarded-Host. A page that has made its own name point here can set the second one, so both must be good.
+    """
+    forwarded = connection.headers.get("x-forwarded-host")
+    return [connection.headers.get("host", ""), *([forwarded] if forwarded else [])]
+
+
 def same_origin(connection: HTTPConnection) -> bool:
     """Whether the Origin header, which every browser sends with a socket and a post, names this host.
 
-    No Origin means no browser, so no foreign page either. Behind a proxy the public name is in X-Forwarded-Host, a
-    header that a foreign page cannot set.
+    No Origin means no browser, so no foreign page either. A foreign page cannot set X-Forwarded-Host.
     """
     origin = connection.headers.get("origin")
     return origin is None or names_this_host(connection, origin)
@@ -239,8 +268,7 @@ def names_this_host(connection: HTTPConnection, address: str) -> bool:
     except ValueError:
         return False
     default_port = {"http": ":80", "https": ":443"}.get(parts.scheme, "")
-    hosts = (connection.headers.get("host"), connection.headers.get("x-forwarded-host"))
-    ours = {host.strip().lower().removesuffix(default_port) for host in hosts if host}
+    ours = {host.strip().lower().removesuffix(default_port) for host in asked_hosts(connection)}
     return bool(parts.netloc) and parts.netloc.lower().removesuffix(default_port) in ours
 
 
@@ -292,6 +320,8 @@ class Endpoint:
                 "Access-Control-Allow-Headers": "Authorization, Content-Type, X-API-Key",
                 "Access-Control-Max-Age": "600",
             }
+            if "access-control-request-private-network" in request.headers:  # a public page that asks for a private host
+                headers["Access-Control-Allow-Private-Network"] = "true"
             return Response(status_code=204, headers=headers)
         self._guard.check(request)
         if request.method not in self._handlers:

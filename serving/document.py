@@ -19,6 +19,7 @@ from qwen_realtime import CHOICES, LIMITS, MAX_PROMPT_CHARS, EditParams
 from serving.access import FAILURES, KINDS
 from serving.decoding import LIMITS as PICTURE_LIMITS
 from serving.edit import FORMATS, MAX_BODY_BYTES
+from serving.proxy import public_address
 
 MEANINGS = {  # of the EditParams
     "prompt": "What to change, in words.",
@@ -114,6 +115,8 @@ def edit_schema(pictures: str) -> dict:
     properties = {"image": PICTURE, **settings}
     properties["format"] = {"type": "string", "enum": list(FORMATS), "default": "png",
                             "description": "Of the picture in a JSON answer; for bytes the Accept header says it."}  # fmt: skip
+    properties["use_cfg"] = {"type": "boolean", "description": "Short for cfg_scale: true is 4, as in the stock pipeline; "
+                             "false is 1, off. Not together with cfg_scale."}  # fmt: skip
     required = ["image", "prompt"]
     if pictures != "one":
         settings["mode"].pop("default")  # it depends on the pictures and blend_ratio
@@ -125,7 +128,8 @@ def edit_schema(pictures: str) -> dict:
         absent = {"type": "null", "description": f"No {ordinal} picture."}
         properties[name] = PICTURE | {"description": f"The {ordinal} picture, in base64."} if has else absent
         required += [name] if has else []
-    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    body = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    return body | {"not": {"required": ["use_cfg", "cfg_scale"]}}
 
 
 def _answers(*statuses: int) -> dict:
@@ -195,6 +199,7 @@ def _schemas() -> dict:
         "stages_ms": {"type": "object", "additionalProperties": number},
         "age_ms": number | {"description": "From the engine's mailbox to done."},
         "notes": {"type": "array", "items": {"type": "string"}, "description": "What to know of this edit."},
+        "elapsed": number | {"description": "Seconds, from the request's headers to the answer."},
     }
     ready = {
         "state": {"enum": ["loading", "warming", "ready", "failed"]},
@@ -222,8 +227,12 @@ def _schemas() -> dict:
         "Health": {"type": "object", "properties": health, "required": list(health)[:8]},
         "Refusal": {
             "type": "object",
-            "properties": {"error": {"type": "string"}, "kind": {"type": "string", "enum": kinds}},
-            "required": ["error", "kind"],
+            "properties": {
+                "error": {"type": "string"},
+                "kind": {"type": "string", "enum": kinds},
+                "detail": {"type": "string", "description": "The same text as error."},
+            },
+            "required": ["error", "kind", "detail"],
         },
     }
 
@@ -330,7 +339,7 @@ def docs_page(document: dict, address: str, *, locked: bool = False) -> str:
 <pre><code>{_text(python)}</code></pre>
 <h3>Request</h3>{_table(("field", "allowed", "meaning"), rows)}
 <h3>Answers</h3>{_table(("status", "", "meaning"), answers)}
-<p>Every answer but 200 is <code>{{"error": what came and what is allowed, "kind": one word for programs}}</code>.</p>
+<p>Every answer but 200 is <code>{{"error": what came and what is allowed, "kind": one word for programs, "detail": as error}}</code>.</p>
 <h2>Others</h2>{_table(("GET", "", "meaning"), others)}
 <h2>The live socket <code>/live</code></h2>
 <pre><code>{_text(SOCKET)}</code></pre>
@@ -378,10 +387,6 @@ class DocumentDesk:
         return JSONResponse(self._document)
 
     async def docs(self, request: Request) -> Response:
-        try:
-            address = str(request.base_url).rstrip("/")
-        except ValueError:  # a Host header that is no host
-            address = ""
-        page = docs_page(self._document, address, locked=self._locked)
+        page = docs_page(self._document, public_address(request), locked=self._locked)
         policy = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})

@@ -19,6 +19,7 @@ import functools
 import itertools
 import math
 import reprlib
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,6 +31,7 @@ from engine.fitting import LONGEST, Fitted, at_output_size
 from pipeline.images import EditError, encode_jpeg, encode_png, open_image
 from qwen_realtime import EditParams
 from serving.access import Refusal, plain, read_json
+from serving.connections import address_of
 from serving.decoding import Busy, Sender
 from serving.holder import EngineHolder, why_not
 from serving.json_bounds import check_values, count_values
@@ -40,6 +42,7 @@ BODY_TIMEOUT_S = 60.0
 EDIT_TIMEOUT_S = 600.0  # no edit takes so long: only an engine that hangs
 MAX_RETRY_AFTER_S = 60
 FORMATS = {"png": "image/png", "jpeg": "image/jpeg"}
+STOCK_CFG_SCALE = 4.0  # `true_cfg_scale` of diffusers' QwenImageEditPlusPipeline, which `use_cfg` turns on
 OFFERS = ("application/json", *FORMATS.values())
 
 
@@ -209,6 +212,7 @@ def read_edit(body: bytes) -> tuple[list[bytes], EditParams, str]:
     pictures += [read_base64(value, name) for name, value in came.items()]
     if came:
         fields.setdefault("mode", "blend" if "blend_ratio" in fields and len(came) == 1 else "references")
+    _read_use_cfg(fields)
     if "prompt" not in fields:
         raise EditError('"prompt" is missing: what to change.')
     params = EditParams.from_dict(fields)  # what is wrong with the settings is said before the pictures cost anything
@@ -227,6 +231,18 @@ def open_edit(
 ) -> Fitted:
     """The pictures at the output's size. Without a size the result keeps the first picture's shape."""
     return at_output_size([decode(picture) for picture in pictures], params, side, max_pixels)
+
+
+def _read_use_cfg(fields: dict) -> None:
+    """Replaces `use_cfg` by the `cfg_scale` that it stands for: true is the scale of the stock pipeline, false is off."""
+    if "use_cfg" not in fields:
+        return
+    on = fields.pop("use_cfg")
+    if not isinstance(on, bool):
+        raise EditError(f"use_cfg is {reprlib.repr(on)}. Allowed: true, false.")
+    if "cfg_scale" in fields:
+        raise EditError("Both use_cfg and cfg_scale came, and they set the same. Allowed: one of them.")
+    fields["cfg_scale"] = STOCK_CFG_SCALE if on else 1.0
 
 
 def check_headers(request: Request) -> None:
@@ -275,11 +291,12 @@ class EditDesk:
         self.queue = EditQueue(self._running_places, waiting, self._frame_s)
 
     async def edit(self, request: Request) -> Response:
+        began = time.monotonic()
         media_type = negotiate(request.headers.get("accept"))
         engine = ready_engine(self._holder)
         check_headers(request)
         loop = asyncio.get_running_loop()
-        client = request.client.host if request.client else ""
+        client = address_of(request.scope.get("client"))
         with self.queue.enter(client) as ticket:
             body = await read_body(request, ticket)
             async with self._opening:
@@ -296,7 +313,9 @@ class EditDesk:
                 data_format = next(name for name, kind in FORMATS.items() if kind == media_type)
             encode = encode_png if data_format == "png" else encode_jpeg
             data = await loop.run_in_executor(self._pool, encode, result.image)
-        return _answer(result, data, data_format, as_json=media_type == "application/json")
+        if media_type != "application/json":
+            return _bytes_answer(result, data, data_format)
+        return JSONResponse(_json_answer(result, data, data_format) | {"elapsed": round(time.monotonic() - began, 3)})
 
     async def _opened(self, request: Request, client: str, files: list[bytes], params: EditParams, engine) -> Fitted:
         """The opened pictures. When the caller hangs up, opening them ends."""
@@ -371,22 +390,22 @@ async def unless_gone(request: Request, work: Coroutine):
         await asyncio.gather(*tasks, return_exceptions=True)  # the place is free when this returns
 
 
-def _answer(result, data: bytes, data_format: str, *, as_json: bool) -> Response:
-    params, stages_ms, age_ms = result.params, plain(result.stages_ms), round(result.age_ms, 1)
-    if not as_json:
-        timing = ", ".join(f"{name};dur={ms:.1f}" for name, ms in stages_ms.items())
-        headers = {"Server-Timing": timing, "X-Age-Ms": str(age_ms), "X-Seed": str(params.seed)}
-        if result.notes:
-            headers["X-Notes"] = "; ".join(result.notes).encode("ascii", "replace").decode()
-        return Response(data, media_type=FORMATS[data_format], headers=headers)
-    answer = {
+def _bytes_answer(result, data: bytes, data_format: str) -> Response:
+    timing = ", ".join(f"{name};dur={ms:.1f}" for name, ms in plain(result.stages_ms).items())
+    headers = {"Server-Timing": timing, "X-Age-Ms": str(round(result.age_ms, 1)), "X-Seed": str(result.params.seed)}
+    if result.notes:
+        headers["X-Notes"] = "; ".join(result.notes).encode("ascii", "replace").decode()
+    return Response(data, media_type=FORMATS[data_format], headers=headers)
+
+
+def _json_answer(result, data: bytes, data_format: str) -> dict:
+    return {
         "image": base64.b64encode(data).decode(),
         "format": data_format,
         "width": result.image.shape[1],
         "height": result.image.shape[0],
-        "seed": params.seed,
-        "stages_ms": stages_ms,
-        "age_ms": age_ms,
+        "seed": result.params.seed,
+        "stages_ms": plain(result.stages_ms),
+        "age_ms": round(result.age_ms, 1),
         "notes": list(result.notes),
     }
-    return JSONResponse(answer)

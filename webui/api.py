@@ -19,6 +19,7 @@ from serving.holder import EngineHolder
 from webui.collage import LIMITS as PLACES
 from webui.composite import flatten
 from webui.full_disk import DISK_FULL, disk_full
+from webui.mcp import with_own_files
 from webui.parts import EDITS_AT_A_TIME, take_file
 from webui.uploads import check_files
 from webui.work import Jobs, Stopped, read_picture, run_edit, save_png, wait_for_engine
@@ -30,6 +31,7 @@ class Page(gr.Blocks):
     """The page. It opens what was uploaded to it and nothing else, and nothing is fetched for its callers."""
 
     async def preprocess_data(self, block_fn, inputs, state, explicit_call=False):
+        inputs = [with_own_files(value) for value in inputs]
         try:
             check_files(inputs)
         except EditError as error:
@@ -77,7 +79,7 @@ def create_api(holder: EngineHolder, jobs: Jobs) -> None:
         """Edits a picture by an instruction in words.
 
         Args:
-            image: The picture, as an uploaded file; over MCP as data:image/png;base64,... (no address is fetched).
+            image: The picture, as an uploaded file; over MCP by its address on this server, or as data:image/png;base64,... (nothing is fetched).
             prompt: What to change, for example "make it a pencil sketch". At most 2000 characters.
             steps: Denoising steps, 1 to 8. More is slower, often finer.
             width: Of the result in pixels, 1 to 2048; 0: it follows from the height and the picture's shape, 0 in both: also the area is the model's own.
@@ -101,7 +103,7 @@ def create_api(holder: EngineHolder, jobs: Jobs) -> None:
         """Edits two pictures together by an instruction in words.
 
         Args:
-            image: Picture 1, as an uploaded file; over MCP as data:image/png;base64,... (no address is fetched).
+            image: Picture 1, as an uploaded file; over MCP by its address on this server, or as data:image/png;base64,... (nothing is fetched).
             ref_image: Picture 2, likewise.
             prompt: What to do; with mode "references" it may speak of picture 1 and picture 2.
             mode: "references": the model sees both, each whole and in its own shape; "blend": they are mixed by blend_ratio, then edited; "collage": picture 2 is laid on picture 1, then the flat result is edited.
@@ -176,12 +178,3 @@ def _settings(steps, width, height, seed, cfg_scale, negative_prompt, fit, refer
         "fit": fit,
         "reference_area": reference_area,
     }
-
-
-def mcp_missing() -> str | None:
-    """Why MCP cannot be served here; None when it can."""
-    try:
-        import mcp  # noqa: F401
-    except ImportError:
-        return 'MCP needs a package that is not here: pip install "gradio[mcp]"'
-    return None
