@@ -30,7 +30,7 @@ def given(rows: int, heads: int = HEADS) -> tuple:
 
 def on_the_cpu(arguments: tuple) -> tuple:
     cpu = [x.cpu() if isinstance(x, torch.Tensor) else x for x in arguments]
-    return (*cpu[:-1], cpu[-1]._replace(v=cpu[-1].v.cpu(), output=cpu[-1].heard.cpu()))
+    return (*cpu[:-1], cpu[-1]._replace(v=cpu[-1].v.cpu(), output=cpu[-1].output.cpu()))
 
 
 def joint(batch: int, tokens: int, heads: int = HEADS) -> tuple[torch.Tensor, Scales]:
