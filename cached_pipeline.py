@@ -24,6 +24,7 @@ adapters, hooks, settings. Who changes weights through `.data`, which leaves no 
 Single-threaded, like the modules it drives; only `cache_summary` may be called from another thread.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from numbers import Integral
@@ -154,21 +155,28 @@ class CachedQwenImageEditPipeline(StockCall, PromptReading, StockMethods):
             raise EditError(f'The reference area is {area!r}. Allowed: None, "output", 1024 to {MAX_SIDE**2} pixels.')
         slots = self.open_references(images, most=None)
         batch = common_batch([len(slot) for slot in slots])
-        state = self.fast_path.look(self, "vae")
-        parts, shapes = [], []
-        for i, slot in enumerate(slots):
-            if area in (None, stock.VAE_IMAGE_SIZE):
-                w, h = (max(32, side) for side in stock.calculate_dimensions(stock.VAE_IMAGE_SIZE, aspect(slot.size)))
-            elif area == "output" and i == 0:
-                w, h = width, height
-            else:
-                w, h = in_shape(slot.size, area=width * height if area == "output" else area, longest=MAX_SIDE)
-            key = (state, self._execution_device, self._dtype("transformer"), self.single_frame_vae is None, w, h)
-            part = self._cached("reference_latents", key, lambda s=slot, w=w, h=h: self._encode_pictures(s, w, h), slot)
-            parts.append(part.expand(batch, -1, -1))
-            columns, rows = (side // self._unit for side in self._grid(w, h))
-            shapes.append((1, rows, columns))
+        sizes = [self._reference_size(slot, i, area, width, height) for i, slot in enumerate(slots)]
+
+        def encode(state: tuple) -> list[torch.Tensor]:
+            key = (state, self._execution_device, self._dtype("transformer"), self.single_frame_vae is None)
+            return [
+                self._cached("reference_latents", (*key, *size), functools.partial(self._encode_pictures, slot, *size), slot)
+                for slot, size in zip(slots, sizes, strict=True)
+            ]
+
+        parts = [part.expand(batch, -1, -1) for part in self.fast_path.settled(self, "vae", encode)]
+        shapes = [(1, h // self._unit, w // self._unit) for w, h in (self._grid(*size) for size in sizes)]
         return References(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), tuple(shapes))
+
+    @staticmethod
+    def _reference_size(slot: Pictures, index: int, area, width: int | None, height: int | None) -> tuple[int, int]:
+        """The size at which `encode_references` encodes the reference of this index."""
+        if area in (None, stock.VAE_IMAGE_SIZE):
+            w, h = stock.calculate_dimensions(stock.VAE_IMAGE_SIZE, aspect(slot.size))
+            return max(32, w), max(32, h)
+        if area == "output" and index == 0:
+            return width, height
+        return in_shape(slot.size, area=width * height if area == "output" else area, longest=MAX_SIDE)
 
     def _encode_pictures(self, pictures: Pictures, width: int, height: int) -> torch.Tensor:
         pixels = padded(resample(pictures.on(self._execution_device), width, height, "lanczos"), self._unit)

@@ -62,13 +62,39 @@ class FastPath:
         """The state of a component, for a cache's key; its part is in use afterwards, or not, as that state allows."""
         module = getattr(pipeline, component, None)
         version = self.components[component].look(module)
-        device_type = pipeline._execution_device.type
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-        state = (version, dtype)
+        state = (version, self._autocast(pipeline._execution_device.type))
         if self.wanted and not self.held and self._built.get(component) != state:
             self._build(pipeline, component)
             self._built[component] = state
         return state
+
+    def settled(self, pipeline, component: str, run: Callable[[tuple], Any]):
+        """`run(state)`, where `state` is as from `look`. On a GPU the look comes behind the run, while the GPU computes what
+        that asked for; in the rare case that something had changed, what it gave is dropped and it runs again.
+        """
+        state = self._known(pipeline, component)
+        if state is None:
+            return run(self.look(pipeline, component))
+        try:
+            result = run(state)
+        except Exception:
+            if (now := self.look(pipeline, component)) == state:
+                raise
+            return run(now)
+        now = self.look(pipeline, component)
+        return result if now == state else run(now)
+
+    def _known(self, pipeline, component: str) -> tuple | None:
+        """The state of the last look, if a part that runs on a GPU is in use for it, and nothing says at a glance that it is over."""
+        state, name = self._built.get(component), next(n for n, c in PARTS.items() if c == component)
+        if state is None or self.held or getattr(pipeline, name) is None or pipeline._execution_device.type != "cuda":
+            return None
+        unchanged = self.components[component].glance(getattr(pipeline, component, None))
+        return state if unchanged and state[1] == self._autocast("cuda") else None
+
+    @staticmethod
+    def _autocast(device_type: str) -> torch.dtype | None:
+        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
     def away(self, component: str, device: torch.device) -> watch.Away:
         """What of the component was moved to the CPU, from `device` if nothing was before."""

@@ -111,6 +111,28 @@ def start(
     prompt_embeds: torch.Tensor,
     mask: torch.Tensor | None,
     schedule: Schedule,
+    **options,
+) -> Denoising:
+    """A picture before its first step; nothing runs yet. `latents` (B, N, 4z) are noise at the schedule's first sigma.
+
+    `options`: `negative_prompt_embeds`, `negative_mask`, `cfg_scale` (1: no guidance), `cfg_mode` ("full"), `cfg_delta`
+    (1), `token_cache`, `transformer_kwargs`. Guidance needs `cfg_scale` > 1 and a negative prompt; self_negative reads
+    none and needs none. `cfg_delta` is the magnitude of the virtual negative in the two residual modes. `token_cache` as
+    `pipe.token_cache()` makes it.
+    Raises EditError for an unknown mode, a delta outside 0 to 2, a token cache with guidance or a batch, and for
+    self_negative if the first reference's grid is not the output's: its latents would lie at other places.
+    """
+    pipe.fast_path.look(pipe, "transformer")
+    return _started(pipe, latents, references, prompt_embeds, mask, schedule, **options)
+
+
+def _started(
+    pipe,
+    latents: torch.Tensor,
+    references: References,
+    prompt_embeds: torch.Tensor,
+    mask: torch.Tensor | None,
+    schedule: Schedule,
     *,
     negative_prompt_embeds: torch.Tensor | None = None,
     negative_mask: torch.Tensor | None = None,
@@ -120,13 +142,6 @@ def start(
     token_cache=None,
     transformer_kwargs: dict[str, Any] | None = None,
 ) -> Denoising:
-    """A picture before its first step; nothing runs yet. `latents` (B, N, 4z) are noise at the schedule's first sigma.
-
-    Guidance needs `cfg_scale` > 1 and a negative prompt; self_negative reads none and needs none. `cfg_delta` is the
-    magnitude of the virtual negative in the two residual modes. `token_cache` as `pipe.token_cache()` makes it.
-    Raises EditError for an unknown mode, a delta outside 0 to 2, a token cache with guidance or a batch, and for
-    self_negative if the first reference's grid is not the output's: its latents would lie at other places.
-    """
     if cfg_mode not in CFG_MODES:
         raise EditError(f"The cfg_mode is {cfg_mode!r}. Allowed: {', '.join(CFG_MODES)}.")
     if not (math.isfinite(cfg_delta) and 0.0 <= cfg_delta <= MAX_CFG_DELTA):
@@ -150,7 +165,6 @@ def start(
     if schedule.settings is not None:
         scheduler = copy.deepcopy(pipe.scheduler)
         schedule.prepare(scheduler)
-    pipe.fast_path.look(pipe, "transformer")
     return Denoising(
         latents,
         references,
@@ -218,23 +232,33 @@ def denoise(
     `options` are those of `start`. `on_step(i, steps)` is called before step i (from 0); what it raises stops the
     loop. `on_step_end(i, latents, prompt_embeds)` may replace both.
     """
-    picture = pipe.start(latents, references, prompt_embeds, mask, schedule, **options)
-    if picture.scheduler is not None:  # nothing else is under way: the pipeline's own object steps, as in stock
-        schedule.prepare(pipe.scheduler)
-        picture.scheduler = pipe.scheduler
-    while not picture.finished:
-        i = picture.step
-        if pipe._interrupt:  # stock's way to stop: set by a callback
-            break
+
+    def take(picture: Denoising) -> None:
         if on_step is not None:
-            on_step(i, picture.steps)
-        pipe._current_timestep = schedule.timesteps[i]
+            on_step(picture.step, picture.steps)
+        pipe._current_timestep = schedule.timesteps[picture.step]
         pipe.advance([picture])
+
+    def first(state: tuple) -> Denoising:
+        picture = _started(pipe, latents, references, prompt_embeds, mask, schedule, **options)
+        if picture.scheduler is not None:  # nothing else is under way: the pipeline's own object steps, as in stock
+            schedule.prepare(pipe.scheduler)
+            picture.scheduler = pipe.scheduler
+        take(picture)
+        return picture
+
+    picture = None
+    while not (pipe._interrupt or (picture is not None and picture.finished)):  # stock's way to stop: set by a callback
+        if picture is None:
+            picture = pipe.fast_path.settled(pipe, "transformer", first)
+        else:
+            take(picture)
         if on_step_end is not None:
+            i = picture.step - 1
             picture.latents, picture.prompt_embeds = on_step_end(i, picture.latents, picture.prompt_embeds)
             pipe.fast_path.look(pipe, "transformer")  # a callback may do anything to it
     pipe._current_timestep, pipe._interrupt = None, False
-    return picture.latents
+    return latents if picture is None else picture.latents
 
 
 def _step(p: Denoising, velocity: torch.Tensor, negative: torch.Tensor | None, stochastic: bool):

@@ -14,13 +14,16 @@ class PromptReading:
 
     def _embed(self, prompt: str, pictures: list[Pictures]) -> torch.Tensor:
         """One row: (1, L, D)."""
-        reader = self._reader()
-        key = (*reader, self._dtype("transformer"), self.prompt_template_encode_start_idx, prompt)
-        return self._cached("prompt_embeds", key, lambda: self._run_text_encoder(prompt, pictures, reader), *pictures)
 
-    def _reader(self) -> tuple:
-        """What reads prompts and pictures, for keys: it changes whenever its answers could. The fast path follows it."""
-        state = self.fast_path.look(self, "text_encoder")
+        def read(state: tuple) -> torch.Tensor:
+            reader = self._reader(state)
+            key = (*reader, self._dtype("transformer"), self.prompt_template_encode_start_idx, prompt)
+            return self._cached("prompt_embeds", key, lambda: self._run_text_encoder(prompt, pictures, reader), *pictures)
+
+        return self.fast_path.settled(self, "text_encoder", read)
+
+    def _reader(self, state: tuple) -> tuple:
+        """What reads prompts and pictures, for keys: it changes whenever its answers could. `state` is the text encoder's."""
         words, processor = self.tokenizer, getattr(self.processor, "image_processor", None)
         return (state, words, len(words), processor, self.prompt_template_encode, self._execution_device, stock.CONDITION_IMAGE_SIZE)
 
