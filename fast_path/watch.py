@@ -156,6 +156,12 @@ def placed_by_hooks(modules: Iterable[nn.Module]) -> bool:
     return any("_hf_hook" in vars(m) or getattr(vars(m).get("_diffusers_hook"), "hooks", None) for m in modules)
 
 
+def moved_by_hooks(module: nn.Module) -> bool:
+    """Whether a hook of accelerate or diffusers decides where this module's weights lie. (One that casts them does not.)"""
+    hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", None) or ()
+    return "_hf_hook" in vars(module) or any("offload" in name for name in hooks)
+
+
 def acts_as_a_whole(text_encoder: nn.Module) -> bool:
     """Whether something waits for a call of the whole model, which runs that go straight to its two towers would miss."""
     return any(
@@ -252,7 +258,7 @@ class Away:
         """All to where they were, but those whose place belongs to somebody's hooks by now."""
         for module, handle in self._handles.items():
             handle.remove()
-            if not placed_by_hooks([module]):
+            if not moved_by_hooks(module):
                 module._apply(lambda t: t if t.is_meta else t.to(self.device), recurse=False)
         self._handles = {}
 
@@ -260,7 +266,7 @@ class Away:
 def come_along(module: nn.Module, args: tuple) -> None:
     """Brings a module to what it is called with: whoever runs a stock component beside the fast path finds it whole."""
     given = next((a for a in args if isinstance(a, torch.Tensor)), None)
-    if given is None or placed_by_hooks([module]):
+    if given is None or moved_by_hooks(module):
         return
     if any(p is not None and p.device != given.device for p in module._parameters.values()):
         module._apply(lambda t: t.to(given.device), recurse=False)
