@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_fast_transformer import LAYOUTS, inputs, small_model, stock
+from support.models import LAYOUTS, inputs, small_model, sqnr_db, stock
 
 from cached_pipeline import load_pipeline
 from fast_path import TokenCache, attention
@@ -19,10 +19,6 @@ from pipeline.images import EditError
 from quantization.layer import swap_linears
 
 ROOT = Path(__file__).parent.parent
-
-
-def sqnr_db(got: torch.Tensor, exact: torch.Tensor) -> float:
-    return float(10 * torch.log10(exact.double().square().sum() / (got.double() - exact.double()).square().sum()))
 
 
 def given(rows: int, heads: int, width: int) -> tuple:

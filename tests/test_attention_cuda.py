@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.models import sqnr_db
 
 from fast_path import attention
 from fast_path.attention import EIGHT, Scales
@@ -13,10 +14,6 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or attention.refusal(torch.device("cuda"), WIDTH) is not None,
     reason="needs a Hopper GPU, Triton and Gluon",
 )
-
-
-def sqnr_db(got: torch.Tensor, exact: torch.Tensor) -> float:
-    return float(10 * torch.log10(exact.double().square().sum() / (got.double() - exact.double()).square().sum()))
 
 
 def given(rows: int, heads: int = HEADS) -> tuple:

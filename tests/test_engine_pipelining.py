@@ -8,8 +8,8 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from stand_ins import PATIENCE_S, FakePipeline, edit, grey
-from test_engine_stream_batch import BatchingFake, stream
+from support.engine import PATIENCE_S, BatchingFake, FakePipeline, backlog, edit, stream
+from support.pictures import grey
 
 from pipeline.images import EditError
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
@@ -38,16 +38,6 @@ def overlapped(pipeline, **options):
     engine._overlap = True
     with engine:
         yield engine
-
-
-def backlog(engine, fake, frames):
-    """The results of (session, picture, params) whose frames all wait before the first is taken, one a session."""
-    outcomes = []
-    with engine._lock:
-        for session, picture, params in frames:
-            session.submit([picture], params)
-            outcomes.append(session._pending.outcome)
-    return [outcome.result(PATIENCE_S) for outcome in outcomes]
 
 
 def test_the_next_frame_is_encoded_before_the_last_is_decoded_and_that_before_the_next_denoise():

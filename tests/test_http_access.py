@@ -10,8 +10,9 @@ import gradio as gr
 import httpx
 import pytest
 import websockets.exceptions
-from http_side import Browser, StubPipeline, b64, grey, post, serving
 from starlette.applications import Starlette
+from support.http import Browser, StubPipeline, b64, post, serving
+from support.pictures import grey
 from websockets.sync.client import connect
 
 from qwen_realtime import RealtimeEngine

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from http_side import b64, grey, serving
 from PIL import Image, ImageSequence
+from support.http import b64, serving
+from support.pictures import grey
 
 from benchmarks.soak import ThroughPipeline
 from qwen_realtime import EditParams, RealtimeEngine

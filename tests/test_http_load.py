@@ -8,7 +8,8 @@ import threading
 
 import numpy as np
 import pytest
-from http_side import Browser, StubPipeline, b64, grey, post, serving, wait_until
+from support.http import Browser, StubPipeline, b64, post, serving, wait_until
+from support.pictures import grey
 
 from benchmarks import load
 from pipeline.images import encode_jpeg

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import QwenImageTransformer2DModel
 from skimage import data
+from support.models import KINDS, same_weights, sqnr_db
 from torch import nn
 
 import int8_linear
@@ -24,13 +25,6 @@ from quantization.kernels import Quantized
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "pocket_model" / "weights"
-KINDS = [Int8Linear, Fp8Linear]
-
-
-def sqnr_db(got: torch.Tensor, exact: torch.Tensor) -> float:
-    return float(10 * torch.log10(exact.square().sum() / (got - exact).square().sum()))
-
-
 def linear(inputs=512, outputs=256, bias=True, seed=0) -> nn.Linear:
     torch.manual_seed(seed)
     return nn.Linear(inputs, outputs, bias).requires_grad_(False)
@@ -262,12 +256,6 @@ def velocity(model) -> torch.Tensor:
         img_shapes=[[(1, 4, 4)]],
         return_dict=False,
     )[0].float()
-
-
-def same_weights(a: nn.Module, b: nn.Module) -> None:
-    a, b = a.state_dict(), b.state_dict()
-    assert a.keys() == b.keys()
-    assert all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 
 def same_velocity(a: nn.Module, b: nn.Module) -> None:

@@ -6,39 +6,11 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
+from support.models import LORA_STYLES, write_lora
 
 from cached_pipeline import CachedQwenImageEditPipeline, load_pipeline
 from pipeline import loading
 from pipeline.images import EditError
-
-LORA_LINEARS = (
-    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
-    "attn.to_add_out", "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
-)  # fmt: skip
-LORA_STYLES = {  # (down, up, prefix, alpha stored)
-    "lightning": ("lora_down.weight", "lora_up.weight", "", True),
-    "diffusers": ("lora_A.weight", "lora_B.weight", "transformer.", False),
-    "comfy": ("lora_A.weight", "lora_B.weight", "diffusion_model.", False),
-    "peft": ("lora_A.default.weight", "lora_B.default.weight", "", False),
-}
-
-
-def write_lora(path, transformer, style="lightning", rank=4, alpha=8.0, seed=0):
-    """A LoRA over the 12 Linears of each block as a file; returns the change W gets at weight 1, by parameter."""
-    down_name, up_name, prefix, has_alpha = LORA_STYLES[style]
-    random, state, deltas = torch.Generator().manual_seed(seed), {}, {}
-    for block in range(len(transformer.transformer_blocks)):
-        for linear in LORA_LINEARS:
-            name = f"transformer_blocks.{block}.{linear}"
-            out_features, in_features = transformer.get_submodule(name).weight.shape
-            down = torch.randn(rank, in_features, generator=random) * 0.05
-            up = torch.randn(out_features, rank, generator=random) * 0.05
-            state |= {f"{prefix}{name}.{down_name}": down, f"{prefix}{name}.{up_name}": up}
-            if has_alpha:
-                state[f"{prefix}{name}.alpha"] = torch.tensor(alpha)
-            deltas[f"{name}.weight"] = (alpha / rank if has_alpha else 1.0) * up @ down
-    save_file(state, path)
-    return deltas
 
 
 @pytest.mark.parametrize("style", LORA_STYLES)

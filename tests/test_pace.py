@@ -4,7 +4,8 @@ import itertools
 import random
 
 import pytest
-from stand_ins import Clock, FakePipeline, edit, grey, serve
+from support.engine import Clock, FakePipeline, edit, serve
+from support.pictures import grey
 
 from engine.pace import HOLD_S, Cost, Costs, Pace, Plan, estimate, interval_ms, pick, plan_of, plans
 from engine.settings import EditParams

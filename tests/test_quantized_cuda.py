@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support.models import sqnr_db
 from torch import nn
 
 from fast_path.graphs import Graphs
@@ -22,10 +23,6 @@ SHAPES = [(1, 3072, 3072), (17, 256, 768), (220, 12288, 3072), (513, 3072, 9216)
 def linear(inputs=3072, outputs=3072) -> nn.Linear:
     torch.manual_seed(0)
     return nn.Linear(inputs, outputs, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
-
-
-def sqnr_db(got: torch.Tensor, exact: torch.Tensor) -> float:
-    return float(10 * torch.log10(exact.double().square().sum() / (got.double() - exact.double()).square().sum()))
 
 
 def whole_numbers(config: kernels.Config, *shapes: tuple[int, int]) -> tuple[list[torch.Tensor], torch.dtype]:

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_fast_transformer import small_model
-from test_int8_linear import KINDS
+from support.models import KINDS, small_model
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from test_fast_transformer import LAYOUTS, inputs, small_model, stock
-from test_int8_linear import KINDS, same_weights, sqnr_db
-from test_loading import write_lora
+from support.models import KINDS, LAYOUTS, inputs, same_weights, small_model, sqnr_db, stock, write_lora
 
 import int8_linear
 from cached_pipeline import load_pipeline

@@ -9,7 +9,8 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from stand_ins import PATIENCE_S, Clock, FakePipeline, edit, grey, serve
+from support.engine import PATIENCE_S, Clock, FakePipeline, edit, serve
+from support.pictures import grey
 
 from pipeline.images import EditError
 from qwen_realtime import (
@@ -174,8 +175,8 @@ def test_cfg_encodes_the_negative_prompt_and_an_empty_one_as_a_space(engine, fak
 
 
 def test_the_reference_area_reaches_the_pipeline(engine, fake):
-    engine.edit([grey(192, 64)], edit(width=96, height=80), timeout=PATIENCE_S)
-    engine.edit([grey(192, 64)], edit(width=96, height=80, reference_area="stock"), timeout=PATIENCE_S)
+    engine.edit([grey(width=192)], edit(width=96, height=80), timeout=PATIENCE_S)
+    engine.edit([grey(width=192)], edit(width=96, height=80, reference_area="stock"), timeout=PATIENCE_S)
     assert [call[1:] for call in fake.calls if call[0] == "references"] == [
         ([(80, 96, 3)], 96 * 80, 96, 80), ([(64, 192, 3)], None, 96, 80)
     ]  # fmt: skip

@@ -6,7 +6,8 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from test_fast_transformer import inputs, small_model
+from support.models import inputs, small_model
+from support.pictures import psnr_db
 
 from fast_path import TokenCache
 from fast_path.graphs import Graphs, _kind
@@ -270,10 +271,6 @@ def test_a_batch_is_refused_and_a_forgotten_cache_frees_its_memory(fused):
 
 def test_the_pocket_model_loses_little_where_a_quarter_of_the_picture_moves(pocket, photo):
     """A patch that wanders over a photo: the picture with reuse is near the one without, and not the last frame again."""
-
-    def psnr(a, b):
-        return 10 * np.log10(255**2 / np.mean((a.astype(float) - b.astype(float)) ** 2))
-
     still, patch = photo(256, 256, 1), photo(64, 64, 2)
     pocket.enable_fast_path()
     try:
@@ -291,7 +288,7 @@ def test_the_pocket_model_loses_little_where_a_quarter_of_the_picture_moves(pock
             reused = pocket.decode(pocket.denoise(*run, token_cache=cache), 256, 256)[0].numpy()
             if before is not None:
                 assert cache.computed.mean() < 0.3
-                worst.append((psnr(reused, plain), psnr(before, plain)))
+                worst.append((psnr_db(reused, plain), psnr_db(before, plain)))
             before = plain
     finally:
         pocket.disable_fast_path()

@@ -15,8 +15,9 @@ import httpx
 import numpy as np
 import pytest
 from gradio_client import Client, exceptions, handle_file
-from http_side import StubPipeline
-from page import PATIENCE_S, PRESETS, Program, assert_edited, held_out
+from support.http import StubPipeline
+from support.page import PATIENCE_S, PRESETS, Program
+from support.pictures import assert_edited, held_out
 
 from pipeline.images import blend, encode_png, fit, open_image
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
@@ -26,13 +27,13 @@ from webui.collage import collage
 from webui.work import settings_inside
 from webui_realtime import launch, parse_args
 
-pytest_plugins = ["page"]
 FIRST, SECOND = held_out("chelsea.png"), held_out("coffee.png")
 
 
 @pytest.fixture(scope="module")
-def client(ready, tmp_path_factory):
-    client = Client(ready.url, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
+def client(program, tmp_path_factory):
+    program.until(lambda health: health["state"] == "ready", "the model is loaded")
+    client = Client(program.url, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
     yield client
     client.close()
 
@@ -209,8 +210,7 @@ def test_over_mcp_a_language_model_finds_both_edits_and_gets_the_picture(tmp_pat
     from mcp import ClientSession
     from mcp.client.streamable_http import streamablehttp_client
 
-    program = Program(tmp_path / "log.txt", "--mcp")
-    try:
+    with Program(tmp_path / "log.txt", "--mcp") as program:
         program.until(lambda health: health["state"] == "ready", "the model is loaded")
 
         async def ask():
@@ -232,7 +232,4 @@ def test_over_mcp_a_language_model_finds_both_edits_and_gets_the_picture(tmp_pat
         url = re.search(r"'url': '([^']+)'", good.content[0].text)[1]
         assert_edited(open_image(httpx.get(url).content), "black and white", FIRST)
         assert bad.isError and "address" in bad.content[0].text
-    finally:
-        program.process.terminate()
-        program.process.wait(PATIENCE_S)
 
