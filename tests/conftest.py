@@ -63,18 +63,18 @@ def pocket():
     return pipeline
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pocket_copy(pocket):
-    """`pocket_copy()` -> a pipeline of the test's own on copies of the session's networks: 30 ms where loading takes a second.
-
-    For tests that change the model and whose claim is not about loading.
+    """`pocket_copy(dtype)` -> a pipeline of the test's own on copies of the session's networks: 30 ms where loading takes a
+    second. For tests that change the model and whose claim is not about loading.
     """
 
-    def pocket_copy():
+    def pocket_copy(dtype: torch.dtype = torch.float32):
         parts = {name: copy.deepcopy(part) for name, part in pocket.components.items() if name not in ("tokenizer", "processor")}
         own = type(pocket)(tokenizer=pocket.tokenizer, processor=pocket.processor, **parts)
         own._origin = copy.deepcopy(pocket._origin)
-        return own
+        own.set_progress_bar_config(disable=True)
+        return own.to(dtype)
 
     return pocket_copy
 

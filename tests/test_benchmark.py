@@ -18,7 +18,6 @@ from benchmarks.benchmark import MIN_RUNS, SUITES, ResultFile, Trial, main, meas
 from benchmarks.instruments import Clock, Memory, ceiling_tflops, denoise_flop, pictures
 from benchmarks.subjects import NEGATIVE_PROMPT, PROMPT, Case, LeftOutError, Models, Ours, Stock, as_run
 from benchmarks.tables import DOCUMENTS, figures, kind_of, quantized_tables, tables, technique_tables, write_tables
-from cached_pipeline import load_pipeline
 
 ROW_KEYS = set(
     "subject weights width height steps cfg references reference_area batch quantize attention_quantize text_encoder_quantize vlm "
@@ -36,8 +35,8 @@ def small_stock(monkeypatch):
 
 
 @pytest.fixture
-def models(pocket):
-    yield Models(pocket, lambda: load_pipeline("pocket").transformer)
+def models(pocket, pocket_copy):
+    yield Models(pocket, lambda: pocket_copy().transformer)
     pocket.caches_enabled = True
 
 

@@ -54,11 +54,9 @@ def fused(plain):
 
 
 @pytest.fixture(scope="module")
-def pocket_calls(photo):
+def pocket_calls(pocket_copy, photo):
     """The embedded model's text encoder, and the calls of its towers for an edit of two pictures."""
-    from cached_pipeline import load_pipeline
-
-    pipeline, calls = load_pipeline("pocket", device="cpu", dtype=torch.float32), {"see": [], "read": []}
+    pipeline, calls = pocket_copy(), {"see": [], "read": []}
     model = pipeline.text_encoder.model
 
     def keep_see(_, args, kwargs, output):
@@ -321,10 +319,8 @@ def test_a_prompts_own_word_table_holds_its_words_to_the_bit_and_each_once(plain
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_a_live_prompt_looks_its_words_up_once(photo, fast):
-    from cached_pipeline import load_pipeline
-
-    pipeline, asked = load_pipeline("pocket"), []
+def test_a_live_prompt_looks_its_words_up_once(pocket_copy, photo, fast):
+    pipeline, asked = pocket_copy(), []
     if fast:
         pipeline.enable_fast_path()
     words = pipeline.text_encoder.model.language_model.embed_tokens

@@ -11,7 +11,6 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from support.models import LAYOUTS, inputs, small_model, stock
 
-from cached_pipeline import load_pipeline
 from fast_path.graphs import Graphs
 from fast_path.modulation import Modulations
 from fast_path.transformer import FusedTransformer, Sample
@@ -156,8 +155,8 @@ def test_prompts_of_different_lengths_share_a_batch(pocket, photo):
         pocket.disable_fast_path()
 
 
-def test_the_times_of_one_to_eight_steps_are_ready_when_the_fast_path_is_in():
-    pipe = load_pipeline("pocket")
+def test_the_times_of_one_to_eight_steps_are_ready_when_the_fast_path_is_in(pocket_copy):
+    pipe = pocket_copy()
     pipe.enable_fast_path()
     misses = pipe.fused_transformer.modulations.summary()["misses"]
     for steps in range(1, 9):
