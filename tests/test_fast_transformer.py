@@ -11,7 +11,6 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from support.models import LAYOUTS, inputs, small_model, stock
 
-from fast_path.graphs import Graphs
 from fast_path.modulation import Modulations
 from fast_path.transformer import FusedTransformer, Sample
 
@@ -164,19 +163,6 @@ def test_the_times_of_one_to_eight_steps_are_ready_when_the_fast_path_is_in(pock
         for time in schedule.times:
             pipe.fused_transformer.modulations.get(time, schedule.times)
     assert pipe.fused_transformer.modulations.summary()["misses"] == misses
-
-
-def test_on_the_cpu_a_graph_is_the_function_itself():
-    graphs, calls = Graphs(), []
-
-    def double(x):
-        calls.append(1)
-        return x * 2
-
-    x = torch.ones(2)
-    assert torch.equal(graphs.run("double", double, x), x * 2)
-    graphs.run("double", double, x)
-    assert len(calls) == 2 and len(graphs) == 0
 
 
 KERNELS = """

@@ -6,11 +6,12 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from support.graphs import EagerRecorder
 from support.models import inputs, small_model
 from support.pictures import psnr_db
 
 from fast_path import TokenCache
-from fast_path.graphs import Graphs, _kind
+from fast_path.graphs import Graphs
 from fast_path.reuse import AHEAD_EVERY, next_to_record, served_by
 from fast_path.transformer import FusedTransformer, Sample
 from pipeline.images import EditError
@@ -118,27 +119,12 @@ def test_neighbours_for_which_there_was_no_place_come_in_the_next_frames(fused):
     assert seen[around].all() and seen.sum() == 16
 
 
-# Recording: on a CPU there is none, so here it is pretended
-
-
-class PretendedGraphs(Graphs):
-    """Takes note of what would be recorded; everything runs."""
-
-    def knows(self, key, *inputs):
-        return _kind(key, inputs) in self._entries
-
-    def run(self, key, function, *inputs):
-        if not self.knows(key, *inputs):
-            self.record(key, function, *inputs)
-        return function(*inputs)
-
-    def _record(self, function, inputs):
-        self.recordings += 1
+# Recording, by a recorder that needs no GPU
 
 
 def recording(fused) -> TokenCache:
     cache = TokenCache(fused)
-    cache._graphs = PretendedGraphs()
+    cache._graphs = Graphs(recorder=EagerRecorder())
     return cache
 
 
