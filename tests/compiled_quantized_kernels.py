@@ -21,7 +21,14 @@ TYPES = (
 )
 
 
-@pytest.mark.parametrize("config", kernels.PAIR_CANDIDATES, ids=str)
+FIRST_OF_ITS_FORM = {config.form: config for config in reversed(kernels.PAIR_CANDIDATES)}.values()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(c, marks=() if c in FIRST_OF_ITS_FORM else pytest.mark.endurance) for c in kernels.PAIR_CANDIDATES],
+    ids=str,
+)
 @pytest.mark.parametrize("kind, eight", [("i8", False), ("fp8e4nv", True)])
 def test_products(tmp_path, config, kind, eight):
     constants = {

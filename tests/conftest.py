@@ -21,7 +21,7 @@ STARTS_A_PROGRAM = {"test_http_program", "test_kernels", "test_schemathesis_find
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects by these marks and xdist reads the groups
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         module = item.module.__name__
         names = {module, item.originalname}
@@ -31,11 +31,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker("program")
         if re.search(r"(^|_)cuda$", module):
             item.add_marker("cuda")
-        if "endurance" in item.path.parts:
-            item.add_marker("endurance")
         # One worker has the program and the browser, and a module's fixtures are made once.
         shared = "program" if (BROWSER_FIXTURES | {"program", "ready"}) & set(item.fixturenames) else module
         item.add_marker(pytest.mark.xdist_group(shared))
+    if "endurance" not in config.option.markexpr:  # only `-m endurance` runs what takes minutes by nature
+        long = [item for item in items if item.get_closest_marker("endurance")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
 
 
 # Pictures and models -----------------------------------------------------------------------------------------------------

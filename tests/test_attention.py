@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from support.models import LAYOUTS, inputs, small_model, sqnr_db, stock
 
 from cached_pipeline import load_pipeline
@@ -155,7 +156,8 @@ def test_a_change_of_the_layers_that_make_values_changes_their_scales_in_place()
     assert scales.v.grad_fn is None, "else it would keep the weights in float32: 4.5 GB of the full-size model"
 
 
-def test_the_program_s_model_says_how_it_attends_and_refuses_what_it_does_not_know(pocket, photo):
+def test_the_program_s_model_says_how_it_attends_and_refuses_what_it_does_not_know(pocket, photo, monkeypatch):
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 64 * 64)  # stock's megapixel references take seconds
     pipeline = load_pipeline("pocket", attention_quantize="fp8")
     assert pipeline.description["attention_quantized"] == "fp8"
     picture, given = photo(64, 64), {"num_inference_steps": 1, "width": 64, "height": 64, "true_cfg_scale": 1.0}
