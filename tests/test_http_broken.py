@@ -178,8 +178,8 @@ def test_schemathesis_finds_nothing_that_the_document_does_not_promise(address, 
         "--phases", "examples,coverage,fuzzing", "--max-examples", str(examples), "--request-timeout", str(LONGEST_S),
     ]  # fmt: skip
     environment = os.environ | {
-        "SCHEMATHESIS_HOOKS": "schemathesis_hooks",
-        "PYTHONPATH": str(Path(__file__).parent / "support"),
+        "SCHEMATHESIS_HOOKS": "support.schemathesis_hooks",
+        "PYTHONPATH": str(Path(__file__).parent),
         "NO_PROXY": "127.0.0.1",
     }
     run = subprocess.run(command, capture_output=True, text=True, timeout=60 + 2 * examples, env=environment, cwd=tmp_path)
