@@ -88,7 +88,7 @@ def pocket_copy(pocket):
     return pocket_copy
 
 
-# The program and the browser: one of each for the whole session ----------------------------------------------------------
+# The program, one for the whole session, and the browser, one for each module -------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -116,7 +116,7 @@ def camera():
     return held_out("coffee.png")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not longer: its event loop runs in this thread, where other tests run theirs
 def playwright():
     from playwright.sync_api import sync_playwright
 
@@ -124,7 +124,7 @@ def playwright():
         yield playwright
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(playwright, camera, tmp_path_factory):
     """Chromium; a module whose camera shows something else has a browser of its own under this name."""
     from support.page import launch_browser, write_camera

@@ -152,7 +152,7 @@ def test_each_mode_says_how_many_pictures_it_takes(engine, mode, count, allowed)
 
 
 @pytest.mark.parametrize(
-    "bad", [grey().astype(np.float32), grey()[..., 0], grey()[..., :2], grey()[None], grey(0, 8), "picture", None]
+    "bad", [grey().astype(np.float32), grey()[..., 0], grey()[..., :2], grey()[None], grey(width=0, height=8), "picture", None]
 )
 def test_a_picture_of_another_form_is_refused(engine, bad):
     with pytest.raises(EditError, match="Allowed: a numpy array, uint8"):
