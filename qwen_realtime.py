@@ -40,6 +40,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.fitting import Fitted, checked_size, notes
 from engine.frames import (
     STAGES,
     Cancelled,
@@ -58,15 +59,13 @@ from engine.settings import (
     LIMITS,
     MAX_PROMPT_CHARS,
     PICTURES,
-    SIZE_MULTIPLE,
     EditParams,
     EngineConfig,
-    output_size,
 )
 from pipeline.images import EditError
 
 __all__ = [
-    "CHOICES", "LIMITS", "MAX_PROMPT_CHARS", "PICTURES", "SIZE_MULTIPLE", "STAGES",
+    "CHOICES", "LIMITS", "MAX_PROMPT_CHARS", "PICTURES", "STAGES",
     "EditParams", "EditResult", "EngineConfig", "EngineError", "EngineStats", "RealtimeEngine", "Session", "prepare_pictures",
 ]  # fmt: skip
 
@@ -125,8 +124,9 @@ class _Frame:
     session: "Session"
     number: int
     images: list[np.ndarray]
-    params: EditParams
     size: tuple[int, int]  # width, height
+    notes: tuple[str, ...]  # of how the pictures meet the size
+    params: EditParams
     on_step: Callable[[int, int], None] | None
     submitted_monotonic: float
     waited_ms: float = 0.0  # in the mailbox
@@ -213,14 +213,16 @@ class Session:
         return self._closed_because is not None
 
     def submit(
-        self, images: list[np.ndarray], params: EditParams, on_step: Callable[[int, int], None] | None = None
+        self, images: list[np.ndarray] | Fitted, params: EditParams, on_step: Callable[[int, int], None] | None = None
     ) -> int:
         """Leaves a frame in the mailbox and returns its number (from 1) at once; a frame still waiting is dropped.
 
-        `images` are uint8 (H, W, 3). `on_step(i, n)` is called on the inference thread and must be quick. Raises
+        `images` are uint8 (H, W, 3) of any size, or what `fitting.at_output_size` made of them. `on_step(i, n)` is called on the inference thread and must be quick. Raises
         EditError when the pictures do not suit the mode, the output is too large, or the session is closed.
         """
-        size = output_size(images, params, self._engine.default_size, self._engine.config.max_pixels)
+        if not isinstance(images, Fitted):
+            size = checked_size(images, params, self._engine.default_size, self._engine.config.max_pixels)
+            images = Fitted(list(images), size, notes(images, params, size))
         with self._lock:
             if self._closed_because is not None:
                 raise EditError(self._closed_because)
@@ -230,7 +232,7 @@ class Session:
                 self._engine._dropped += 1
                 self._discard(self._pending, "was dropped: a newer one came")
             self._active_monotonic = now = self._engine._clock()
-            self._pending = _Frame(self, self._count, list(images), params, size, on_step, now)
+            self._pending = _Frame(self, self._count, *images, params=params, on_step=on_step, submitted_monotonic=now)
             self._engine._work.notify()
             return self._count
 
@@ -268,7 +270,7 @@ class Session:
                     result, closed = outlet.take(), self.closed
                 if result is not None:
                     yield result
-                elif closed:
+                if closed:
                     return
         finally:
             with self._lock:
@@ -344,7 +346,8 @@ class RealtimeEngine:
         )
         self._closing = False
         self._thread: threading.Thread | None = None
-        self._start_error: Exception | None = None
+        self._start_error: BaseException | None = None
+        self.failure: str | None = None  # why the inference thread ended by itself
         self._ready = threading.Event()
         self._frames = self._skipped = self._dropped = self._errors = 0
         self._done_times: collections.deque[float] = collections.deque(maxlen=RATE_FRAMES)
@@ -352,6 +355,7 @@ class RealtimeEngine:
         self._stages_ms: collections.deque[dict] = collections.deque(maxlen=_HISTORY_FRAMES)  # of computed frames
         self._computed: collections.deque[float] = collections.deque(maxlen=_HISTORY_FRAMES)
         self._cache_summary: dict[str, dict[str, int]] = {}
+        self._told_report: list | None = None  # the fast path's, as it stands in the description
 
     # Life
 
@@ -389,7 +393,7 @@ class RealtimeEngine:
         """A new stream. Raises EditError when `max_sessions` are open or the engine is closed."""
         with self._lock:
             if self._closing:
-                raise EditError("The engine is closed.")
+                raise EditError(self.failure or "The engine is closed.")
             now = self._clock()
             self._free_idle(now)
             if len(self._sessions) >= self.config.max_sessions:
@@ -478,13 +482,40 @@ class RealtimeEngine:
                 "fast_path": [{"name": name, "applied": applied, "reason": reason} for name, applied, reason in report],
                 "pipelining": {"applied": self._overlap, "reason": self._why_overlap()},
             }
-        except Exception as error:
+        except BaseException as error:
             self._start_error = error
             return
         finally:
             self._ready.set()
-        while self._serve_next():
-            pass
+        try:
+            while self._serve_next():
+                pass
+        except BaseException as error:  # SystemExit from a library, memory at an end: nobody would answer any more
+            logger.critical("the inference thread died", exc_info=error)
+            self._die(f"The engine has stopped: {type(error).__name__}: {error}. Restart the program.")
+
+    def _die(self, why: str) -> None:
+        """Tells everybody who waits for a frame, and closes all sessions."""
+        with self._lock:
+            self.failure, self._closing, self._tail = why, True, None
+            for session in list(self._sessions.values()):
+                for frame in session._live_frames():
+                    frame.cancelled, frame.work = True, None
+                    result = EditResult(
+                        frame.number, None, EngineError(why, "failed"), frame.params, stages_ms={}, age_ms=0.0,
+                        dropped=session._dropped, fps=0.0, skipped=False,
+                    )  # fmt: skip
+                    session._publish(result)
+                    frame.outcome.set_result(result)
+                session._pending = None
+                self._close_session(session, why)
+
+    def _tell_fast_path(self) -> None:
+        """What the fast path had to leave out since the start, if its report is another one, goes to the description."""
+        report = getattr(getattr(self.pipeline, "fast_path", None), "report", None)  # stand-ins of the pipeline have none
+        if report and report is not self._told_report:
+            self._told_report = report
+            self.description = {**self.description, "fast_path": [line._asdict() for line in report]}
 
     def _why_overlap(self) -> str:
         if self._overlap:
@@ -555,7 +586,7 @@ class RealtimeEngine:
         if frame is not None:
             frame.work = Work(
                 turn.session._memory, frame.images, frame.params, frame.size, frame.submitted_monotonic, frame.check,
-                Stopwatch(self._device),
+                Stopwatch(self._device), list(frame.notes),
             )  # fmt: skip
             self._attempt([frame], lambda: (self._set_pace(frame), self._editor.begin(frame.work)))
 
@@ -630,6 +661,7 @@ class RealtimeEngine:
     def _collect(self, frame: _Frame) -> None:
         frame.image = self._editor.collect(frame.work)
         self._cache_summary = self.pipeline.cache_summary()
+        self._tell_fast_path()
 
     def _attempt(self, frames: list[_Frame], stage: Callable[[], None]) -> None:
         """Runs a stage of these frames of one session. What it raises becomes their error."""

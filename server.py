@@ -16,14 +16,16 @@ does is in `serving/`; this module puts them together and is the program that se
 """
 
 import argparse
+import asyncio
 import collections
 import contextlib
 import logging
 import os
 
-# As the page's program does, and for the same reason (see `webui_realtime`). Read when torch is loaded.
+# As the page's program does, and for the same reasons (see `webui_realtime`). Read when torch and Pillow are loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("PILLOW_BLOCK_SIZE", "64m")
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -36,16 +38,19 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from serving.access import KINDS, LOOPBACK_NAMES, Endpoint, Guard, Refusal, plain, read_json
+from serving.access import KINDS, Endpoint, Guard, Refusal, plain, read_json, refusal_body
+from serving.connections import bound
 from serving.document import DocumentDesk
-from serving.edit import MAX_BODY_BYTES, EditDesk, fitted, output_size, parse_edit
+from serving.edit import MAX_BODY_BYTES, EditDesk, parse_edit
+from serving.farewell import SERVER_S, TOLD_S, Farewell, close_engine, end
 from serving.holder import EngineHolder
 from serving.live import MAX_FRAME_BYTES, LiveConnection, LiveRoom
-from serving.startup import add_flags, check_flags, is_loopback, load_engine, warn_if_open
+from serving.proxy import BehindProxy
+from serving.startup import add_flags, check_flags, create_guard, load_engine, warn_if_open
 from serving.status import StatusDesk
 
 __all__ = [
-    "MAX_BODY_BYTES", "EngineHolder", "Guard", "create_app", "create_routes", "fitted", "main", "output_size",
+    "MAX_BODY_BYTES", "EngineHolder", "Guard", "create_app", "create_routes", "main",
     "parse_args", "parse_edit", "plain", "read_json",
 ]  # fmt: skip
 
@@ -103,8 +108,8 @@ def create_app(holder: EngineHolder, guard: Guard | None = None, *, waiting_edit
 
     async def refuse(request: Request, error: HTTPException) -> Response:
         text = f"There is no {request.url.path} here. See /docs."
-        body = {"error": text if error.status_code == 404 else error.detail, "kind": KINDS.get(error.status_code, "")}
-        return JSONResponse(body, error.status_code, error.headers)
+        text = text if error.status_code == 404 else error.detail
+        return JSONResponse(refusal_body(text, KINDS.get(error.status_code, "")), error.status_code, error.headers)
 
     guard = guard or Guard()
     routes = create_routes(holder, guard=guard, waiting_edits=waiting_edits)
@@ -125,29 +130,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_flags(parser, host="127.0.0.1", port=DEFAULT_PORT)
     queue_help = f"edits that may wait; over it the answer is 503 (default {WAITING_EDITS})"
     parser.add_argument("--queue", type=places, default=WAITING_EDITS, metavar="N", help=queue_help)
-    name_help = "a name under which a proxy on this machine passes requests on; may be repeated"
-    parser.add_argument("--allow-host", metavar="NAME", action="append", default=[], help=name_help)
     options = parser.parse_args(argv)
     check_flags(parser, options)
     return options
 
 
-def create_guard(options: argparse.Namespace) -> Guard:
-    """Who may come in. Without a lock a server of this machine answers only to this machine's names: a page of any
-    site could make its own name point here (DNS rebinding) and would then be of the same origin.
-    """
-    guard = Guard(options.auth, options.api_key, origins=options.cors)
-    if guard.locked or not is_loopback(options.host):
-        return guard
-    return Guard(origins=options.cors, hosts=(*LOOPBACK_NAMES, *options.allow_host))
-
-
 class _Server(uvicorn.Server):
-    """Loads the model once the port is ours, and not if it is not."""
+    """Loads the model once the port is ours, and not if it is not; ends as `serving.farewell` says."""
 
-    def __init__(self, config: uvicorn.Config, load: threading.Thread):
+    def __init__(self, config: uvicorn.Config, holder: EngineHolder, load: threading.Thread, farewell: Farewell):
         super().__init__(config)
-        self._load = load
+        self._holder, self._load, self._farewell = holder, load, farewell
+
+    def capture_signals(self):
+        return contextlib.nullcontext()  # they are the farewell's
 
     async def startup(self, sockets=None) -> None:
         await super().startup(sockets)
@@ -156,6 +152,15 @@ class _Server(uvicorn.Server):
             host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
             log.info("listening at %s://%s:%d, see /docs", scheme, host, self.config.port)
             self._load.start()
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._farewell.asked.is_set()
+
+    async def shutdown(self, sockets=None) -> None:
+        self._holder.leave()
+        await asyncio.sleep(TOLD_S)
+        await asyncio.to_thread(close_engine, self._holder)
+        await super().shutdown(sockets)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -166,7 +171,11 @@ def main(argv: list[str] | None = None) -> None:
     guard, holder = create_guard(options), EngineHolder()
     warn_if_open(options.host, locked=guard.locked)
     config = uvicorn.Config(
-        create_app(holder, guard, waiting_edits=options.queue),
+        BehindProxy(
+            create_app(holder, guard, waiting_edits=options.queue),
+            trusted=options.forwarded_allow_ips,
+            root_path=options.root_path,
+        ),
         host=options.host,
         port=options.port,
         ssl_keyfile=options.ssl_keyfile,
@@ -175,17 +184,18 @@ def main(argv: list[str] | None = None) -> None:
         access_log=False,
         lifespan="off",
         server_header=False,
+        proxy_headers=False,  # `BehindProxy` does it, and must see the address that the connection comes from
         ws_max_size=2 * MAX_FRAME_BYTES,  # up to here we say what is too large; beyond, the socket is closed
         ws_per_message_deflate=False,  # pictures do not shrink, and what a peer sends must not grow
         ws_ping_interval=10.0,  # a machine that vanished without a word is noticed within 20 s
         ws_ping_timeout=10.0,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=SERVER_S,
     )
+    bound(config)
     load = threading.Thread(target=load_engine, args=(holder, options), name="loader", daemon=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        _Server(config, load).run()
-    if holder.engine is not None:
-        holder.engine.close()
+    with Farewell() as farewell:
+        _Server(config, holder, load, farewell).run()
+        end()
 
 
 if __name__ == "__main__":

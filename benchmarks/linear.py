@@ -3,8 +3,8 @@
     python -m benchmarks.linear --out benchmarks/results/h200-linear.json [--measure]
 
 Weights are cold, as in a model that reads each layer once a step; calls stand one after the other in a CUDA graph. What is
-compared is replayed in turns. Products are computed as the program computes them: as `quantized_choices` has it for an
-H200; where that knows nothing or with `--measure`, in the best of all ways, which takes minutes.
+compared is replayed in turns. Products are computed as the program computes them: as `quantization.choices` has it
+for an H200; where that has no entry, or with `--measure`, in the best of all ways, which takes minutes.
 
 Alone (`layer`): 16-bit rows in, 16-bit rows out; the rows' quantisation in a kernel of its own, product, scales and bias,
 against `F.linear`. `product` leaves the quantisation out.
@@ -36,12 +36,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fast_path.kernels import residual_norm_modulate
+from fast_path.kernels import residual_norm_modulate, residual_norm_modulate_quantize
 from fp8_linear import Fp8Linear
 from int8_linear import Int8Linear
-from quantization import kernels as kernels
-from quantization.kernels import Config, Quantized, residual_norm_modulate_quantize
-from quantization.layer import PAIRS, QuantizedLinear, QuantizedPair, row_bucket
+from quantization.choices import PAIRS, row_bucket
+from quantization.layer import QuantizedLinear
+from quantization.pair import QuantizedPair
+from quantization.products import multiply
+from quantization.rows import Quantized, empty_rows
+from quantization.tiles import PAIR_CANDIDATES, Config, fits
+from quantization.timing import measure_us, record, replay_us
 
 ROWS = (512, 2048, 5120)
 SHAPES = ((3072, 3072), (3072, 9216), (3072, 12288), (12288, 3072))  # inputs, outputs
@@ -60,14 +64,14 @@ def layers(kind: type[QuantizedLinear], rows: int, inputs: int, outputs: int, me
     made = [kind.from_float(m) for m in floats]
     x, out = bfloats(rows, inputs), torch.empty(rows, outputs, device="cuda", dtype=torch.bfloat16)
     first = made[0]
-    find = functools.partial(first._measure, backends=first.backends(x.device, x.dtype, rows)) if measure else first.choice
+    find = functools.partial(first.measure, backends=tuple(first.backends(x.device, x.dtype, rows))) if measure else first.choice
     choice = find(rows, x.dtype)
     quantized, how = first.quantize(x), choice[:2]
     norm, plain, ours = in_place(floats, made, x, how, measure)
     bf16, layer, product, norm_us, plain_us, ours_us = alternately(
         [lambda m=m: F.linear(x, m.weight, m.bias) for m in floats],
-        [lambda m=m: m._run(m.quantize(x), *how, out, False) for m in made],
-        [lambda m=m: m._run(quantized, *how, out, False) for m in made],
+        [lambda m=m: m.multiply(m.quantize(x), *how, out, False) for m in made],
+        [lambda m=m: m.multiply(quantized, *how, out, False) for m in made],
         [norm] * copies,
         plain,
         ours,
@@ -105,20 +109,20 @@ def in_place(floats: list[nn.Linear], made: list[QuantizedLinear], x: torch.Tens
     out = torch.empty(rows, outputs, device="cuda", dtype=torch.bfloat16)
     if outputs == WIDTH:
         given = None if eight_bit == torch.int8 else made[0].quantize(x)
-        ours = [lambda m=m: m._run(given or m.quantize(x, gelu=inputs > WIDTH), *how, out, False) for m in made]
+        ours = [lambda m=m: m.multiply(given or m.quantize(x, gelu=inputs > WIDTH), *how, out, False) for m in made]
         return norm, [lambda m=m: F.linear(x, m.weight, m.bias) for m in floats], ours
 
     def quantized():
         return residual_norm_modulate_quantize(*modulation, eight_bit)
 
-    ours = [lambda m=m: m._run(quantized(), *how, out, False) for m in made]
+    ours = [lambda m=m: m.multiply(quantized(), *how, out, False) for m in made]
     if outputs == 3 * WIDTH:
         return norm, [lambda m=m: F.linear(norm(), m.weight, m.bias) for m in floats], ours
     if eight_bit != torch.int8:
-        rows_out, limits = kernels.empty(rows, outputs, eight_bit, "cuda"), torch.ones(2, 2, device="cuda")
+        rows_out, limits = empty_rows(rows, outputs, eight_bit, "cuda"), torch.ones(2, 2, device="cuda")
         config = eight_bit_config(made, quantized(), rows_out, limits, measure)
         ours = [
-            lambda m=m: kernels.multiply(
+            lambda m=m: multiply(
                 quantized(), Quantized(m.weight, m.scale), m.bias, rows_out, config, True, limits=limits
             )
             for m in made
@@ -135,9 +139,9 @@ def eight_bit_config(made: list[QuantizedLinear], x: Quantized, out: Quantized, 
 
     def time(config: Config) -> float:
         weights = [(Quantized(m.weight, m.scale), m.bias) for m in made]
-        return kernels.measure_us([lambda w=w: kernels.multiply(x, *w, out, config, True, limits=limits) for w in weights])
+        return measure_us([lambda w=w: multiply(x, *w, out, config, True, limits=limits) for w in weights])
 
-    return min((c for c in kernels.PAIR_CANDIDATES if kernels.fits(c, len(x.scales), limits.device)), key=time)
+    return min((c for c in PAIR_CANDIDATES if fits(c, len(x.scales), limits.device)), key=time)
 
 
 def bfloats(*shape: int) -> torch.Tensor:
@@ -146,17 +150,17 @@ def bfloats(*shape: int) -> torch.Tensor:
 
 def alternately(*calls: list) -> list[float]:
     """Microseconds a call of each list, the best of some turns: a chip that grows hot or slow does so for all of them."""
-    graphs = [kernels.recorded(functions) for functions in calls]
-    turns = [[kernels.replay_us(graph) / len(functions) for graph, functions in zip(graphs, calls)] for _ in range(12)]
+    graphs = [record(functions) for functions in calls]
+    turns = [[replay_us(graph) / len(functions) for graph, functions in zip(graphs, calls)] for _ in range(12)]
     return [min(times) for times in zip(*turns[2:], strict=True)]
 
 
 @torch.no_grad()
 def pairs(kind: type[QuantizedLinear], rows: int, inputs: int, outputs: int) -> dict:
-    """Two layers, together and apart, by `QuantizedPair`'s own measurement."""
+    """Two layers in one launch and in two, by `QuantizedPair`'s own measurement."""
     linears = [nn.Linear(inputs, outputs, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     pair = QuantizedPair(*([kind.from_float(m.requires_grad_(False))] for m in linears))
-    choice = pair._measure(TEXT_ROWS + rows, TEXT_ROWS, torch.bfloat16)
+    choice = pair.measure(TEXT_ROWS + rows, TEXT_ROWS, torch.bfloat16)
     return {
         "kind": kind.kind,
         "rows": TEXT_ROWS + rows,
@@ -198,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="result file to write")
     parser.add_argument("--commit", help="of the code, for the result file")
-    parser.add_argument("--measure", action="store_true", help="find the best way anew, and measure pairs")
+    parser.add_argument("--measure", action="store_true", help="find the best way again, and measure pairs")
     args = parser.parse_args()
     torch.manual_seed(0)
     cases = [(kind, rows, *shape) for rows in ROWS for shape in SHAPES for kind in (Int8Linear, Fp8Linear)]

@@ -31,7 +31,8 @@ from torch import nn
 import fast_path
 from benchmarks import subjects
 from benchmarks.instruments import pictures
-from pipeline import loading
+from cached_pipeline import quantization_kind
+from pipeline import placement
 from pipeline.images import download
 
 # (transformer's layers, its attention, text encoder)
@@ -79,7 +80,8 @@ def measure(
     pipeline = pipeline_on_the_cpu(pieces)
     began = time.perf_counter()
     pipeline.attention_quantize = fast_path.attention_kind(pipeline.transformer, attention, device)
-    loading.finish(pipeline, device, (None, 1.0), transformer, text_encoder, lambda *_: None)
+    kinds = {"transformer": quantization_kind(transformer), "text_encoder": quantization_kind(text_encoder)}
+    placement.finish(pipeline, device, (None, 1.0), kinds, lambda *_: None)
     torch.cuda.synchronize()
     row = {"quantize": transformer, "attention_quantize": attention, "text_encoder_quantize": text_encoder}
     row["card_gb"] = card_gb

@@ -138,7 +138,7 @@ class ThroughPipeline(CachedQwenImageEditPipeline):
     def expect(self, times: list[float]) -> None:
         """Nothing is kept for a noise level here."""
 
-    def _run_text_encoder(self, prompt: str, pictures: list) -> torch.Tensor:
+    def _run_text_encoder(self, prompt: str, pictures: list, reader: tuple) -> torch.Tensor:
         return torch.full((1, 8, 16), prompt_value(prompt), device=self._execution_device)
 
     def _encode_pictures(self, pictures, width: int, height: int) -> torch.Tensor:

@@ -21,10 +21,11 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
 from PIL import Image
 
 from benchmarks.instruments import Clock
-from cached_pipeline import CachedQwenImageEditPipeline
+from cached_pipeline import CachedQwenImageEditPipeline, quantization_kind
 from fast_path import attention
-from pipeline import loading
+from pipeline import folder, placement
 from pipeline.images import download
+from pipeline.sampling import lightning_scheduler
 
 PROMPT = "make it a pencil sketch"
 NEGATIVE_PROMPT = " "
@@ -251,6 +252,7 @@ class Models:
 
     def __post_init__(self):
         self.stock = QwenImageEditPlusPipelineWithMarks(**self.ours.components)
+        self.ours.fast_path.keep_weights = False  # the two take turns: the fast path is out when stock runs
         for pipeline in (self.ours, self.stock):
             pipeline.set_progress_bar_config(disable=True)
         self.ours.caches_enabled = False  # every picture is new: a cache would only cost its hashing
@@ -333,7 +335,7 @@ def _fast_quantized(kind: str) -> Callable[[Models], AbstractContextManager[dict
         transformer = models.renew_transformer()
         device = next(transformer.parameters()).device
         try:
-            loading.quantize(transformer, kind, device)
+            placement.quantize(transformer, quantization_kind(kind), device)
             gc.collect()
             models.ours.enable_fast_path()
             yield {f"fast-{kind}": Ours(models.ours, kind), f"fast-{kind}-attention": Ours(models.ours, kind, "fp8")}
@@ -411,9 +413,9 @@ def random_pipeline(device: str, dtype: torch.dtype) -> CachedQwenImageEditPipel
     """
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    processor = loading.picture_processor(loading.POCKET_FOLDER)
+    processor = folder.picture_processor(folder.POCKET_FOLDER)
     processor.image_processor.patch_size = 14
-    small = Qwen2_5_VLConfig.from_pretrained(loading.POCKET_FOLDER / "text_encoder")
+    small = Qwen2_5_VLConfig.from_pretrained(folder.POCKET_FOLDER / "text_encoder")
     text = {
         "hidden_size": 3584,
         "intermediate_size": 18944,
@@ -432,7 +434,7 @@ def random_pipeline(device: str, dtype: torch.dtype) -> CachedQwenImageEditPipel
         vae = diffusers.AutoencoderKLQwenImage()
         text_encoder = Qwen2_5_VLForConditionalGeneration(config)
     pipeline = CachedQwenImageEditPipeline(
-        scheduler=loading.lightning_scheduler(),
+        scheduler=lightning_scheduler(),
         vae=vae.eval(),
         text_encoder=text_encoder.to(dtype).eval(),
         tokenizer=processor.tokenizer,

@@ -72,7 +72,9 @@ def write_tables(documents=None, folder: Path = RESULTS, *, check: bool = False)
 
 
 def kind_of(result: dict) -> str | None:
-    """Which program wrote a file: "techniques" and "soak", which say it, "benchmark", or None for another."""
+    """Which program wrote a file: "techniques" and "soak", which say it, "benchmark", or None for one without a table."""
+    if result.get("kind") == "alignment":
+        return None
     if "kind" in result or "rows" not in result:
         return result.get("kind")
     return "benchmark" if all("subject" in row for row in result["rows"]) else None

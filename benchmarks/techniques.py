@@ -60,8 +60,8 @@ from benchmarks.benchmark import Budget, ResultFile, environment, reason_of
 from benchmarks.instruments import Memory
 from benchmarks.subjects import LeftOutError, random_pipeline
 from benchmarks.videos import SCENES, changed_share, scene, video
-from cached_pipeline import load_pipeline
-from pipeline import loading
+from cached_pipeline import QUANTIZATIONS, load_pipeline, quantization_kind
+from pipeline import placement
 from pipeline.images import EditError
 from pocket_model.edits import EDITS, WORDINGS
 from qwen_realtime import LIMITS, STAGES, EditParams, EditResult, EngineConfig, RealtimeEngine, Session
@@ -343,7 +343,7 @@ def measure(bench: Bench, technique: Technique, name: str, engine: RealtimeEngin
     memory.reset_peak()
     runs, quality, to_other, flicker = [], [], [], []
     for edit in args.edits:
-        pipeline.clear_caches()  # an earlier row has had the same frames
+        pipeline.forget_results()  # an earlier row has had the same frames
         params = bench.params(technique, name, edit)
         with engine.open_session() as session:
             runs.append(stream_until_steady(session, pipeline, frames, params))
@@ -453,7 +453,7 @@ def load(args, device: torch.device):
     pipeline = random_pipeline(args.device, dtype)
     pipeline.attention_quantize = fast_path.attention_kind(pipeline.transformer, args.attention_quantize, device)
     if args.quantize != "none":
-        loading.quantize(pipeline.transformer, args.quantize, device)
+        placement.quantize(pipeline.transformer, quantization_kind(args.quantize), device)
         gc.collect()  # the float weights
     return pipeline
 
@@ -514,7 +514,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default="pocket", help="pocket, random (full size), or a model folder or id")
     parser.add_argument("--attention-quantize", default="none", choices=["none", "fp8"], help="of the fast path")
-    parser.add_argument("--quantize", default="none", choices=["none", *loading.QUANTIZATIONS], help="the transformer")
+    parser.add_argument("--quantize", default="none", choices=["none", *QUANTIZATIONS], help="the transformer")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", type=int, default=256, help="side of the square frames and outputs in pixels")
     parser.add_argument("--steps", type=int, default=2)

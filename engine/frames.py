@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.fitting import framed, sized
 from engine.pace import Plan, plan_of
 from engine.policies import (
     MOTION_WINDOW,
@@ -42,6 +43,7 @@ from engine.policies import (
 )
 from engine.settings import EditParams
 from pipeline.content_cache import ContentCache
+from pipeline.geometry import on_grid, padded
 from pipeline.images import EditError, blend, fit
 from pipeline.sampling import Schedule
 
@@ -64,9 +66,8 @@ class Cancelled(Exception):
 
 
 def prepare_pictures(images: list[np.ndarray], params: EditParams, width: int, height: int) -> list[np.ndarray]:
-    """The references as the model gets them: at the output's size, or for the stock area at their own; then blended."""
-    if params.reference_area == "output":
-        images = [fit(image, width, height, params.fit) for image in images]
+    """The references as the model gets them: as `fitting.sized` makes them, then blended."""
+    images = sized(images, params, width, height)
     return [blend(*images, params.blend_ratio)] if params.mode == "blend" else images
 
 
@@ -116,7 +117,7 @@ class Shown:
 
     params: EditParams
     size: tuple[int, int]
-    pictures: list[np.ndarray]  # as the model got them
+    pictures: list[np.ndarray]  # as the model got them, padded to the grid: what moves is judged token by token
     thumbnails: list[np.ndarray]
     submitted_monotonic: float
     check: Callable[[], None] | None  # raises Cancelled if the image will never come; None when it is there
@@ -269,7 +270,8 @@ class FrameEditor:
                 pictures = prepare_pictures(work.images, params, width, height)
                 looks = params.skip_similar != "off" or params.embeds == "changed" or params.motion_aware
                 thumbnails = [thumbnail(picture) for picture in pictures] if looks else []
-                work.shown = Shown(params, work.size, pictures, thumbnails, work.submitted_monotonic, work.check)
+                on_tokens = [padded(picture) for picture in pictures]
+                work.shown = Shown(params, work.size, on_tokens, thumbnails, work.submitted_monotonic, work.check)
                 if self._is_repeated(work):
                     memory.skipped += 1
                     work.repeats = memory.newest
@@ -282,7 +284,9 @@ class FrameEditor:
                 self._embed(work, opened)
             work.check()
             with work.watch.stage("encode_references"):
-                area = width * height if params.reference_area == "output" else None
+                area = "output"
+                if params.reference_area == "stock":
+                    area, opened = None, pipe.open_references([framed(pictures[0], width, height), *opened[1:]])
                 work.references = pipe.encode_references(opened, area=area, width=width, height=height)
             work.check()
             with work.watch.stage("prepare"):
@@ -421,6 +425,8 @@ class FrameEditor:
             return "in a stream batch the frame before is not there yet"
         if work.params.reference_area != "output":
             return "the references are not at the output's area"
+        if any(picture.shape != work.shown.pictures[0].shape for picture in work.shown.pictures):
+            return "the references differ in shape"
         return None
 
     def may_reuse(self, params: EditParams) -> bool:
@@ -555,9 +561,9 @@ class FrameEditor:
 
     @staticmethod
     def _pairs(shown: Shown, last: Shown) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The pictures now and before, each at the output's size."""
-        (width, height), kind = shown.size, shown.params.fit
-        both = ([fit(picture, width, height, kind) for picture in s.pictures] for s in (shown, last))
+        """The pictures now and before, each at the size that the model computes."""
+        size = on_grid(*shown.size)
+        both = ([fit(picture, *size, shown.params.fit) for picture in s.pictures] for s in (shown, last))
         return list(zip(*both, strict=True))
 
     # Third stage

@@ -13,8 +13,10 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from engine.settings import LIMITS, SIZE_MULTIPLE, EditParams
+from engine.settings import EditParams
+from pipeline.geometry import TOKEN, in_shape
 
+LEAST_SIDE = 64  # pixels
 SCALES = (1.0, 0.75, 0.5)  # of the size that was asked for
 KEPT_FRAMES = 9  # a cost is the median over so many
 STALE_S = 30.0  # what was measured longer ago is estimated anew: other sessions come and go
@@ -122,11 +124,7 @@ def estimate(plan: Plan, known: Plan, cost: Cost) -> Cost:
 
 def plans(asked: Plan, may_reuse: bool) -> list[Plan]:
     """What may be computed in the asked plan's place, what loses least first. The asked one is the first."""
-    low = int(LIMITS["width"][0])
-    sizes = [
-        tuple(max(low, int(side * scale) // SIZE_MULTIPLE * SIZE_MULTIPLE) for side in (asked.width, asked.height))
-        for scale in SCALES
-    ]
+    sizes = [_smaller((asked.width, asked.height), scale) for scale in SCALES]
     found = {}
     for shrunk, (width, height) in enumerate(sizes):
         for steps in range(asked.steps, 0, -1):
@@ -137,6 +135,19 @@ def plans(asked: Plan, may_reuse: bool) -> list[Plan]:
                     loss += (1.5 if reuse != asked.reuse else 0.0) + (0.5 if batch != asked.stream_batch else 0.0)
                     found.setdefault(plan, loss)
     return sorted(found, key=found.get)
+
+
+def _smaller(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """The size times `scale`, in the same shape; its shorter side a multiple of 16, so that no token is padding there.
+
+    A side of less than LEAST_SIDE is not made smaller.
+    """
+    short = min(size)
+    side = max(min(short, LEAST_SIDE), int(short * scale) // TOKEN * TOKEN)
+    if scale == 1.0 or side == short:
+        return size
+    given = {"height": side} if size[1] == short else {"width": side}
+    return in_shape(size, **given, longest=max(size))
 
 
 def pick(candidates: Iterable[Plan], strain: Callable[[Plan], float], room: float) -> Plan:

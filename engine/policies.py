@@ -9,11 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
+from pipeline.geometry import TOKEN
+
 RATE_WINDOW_S = 10.0  # a frame rate is measured over this long, or over RATE_FRAMES frames, whichever is shorter
 RATE_FRAMES = 31
 THUMBNAIL = 64  # pixels on a side of what similarity is judged on: enough to see, and camera noise averages out
 PATCHES = 16  # on a side: a mouth fills one of them
-TOKEN = 16  # pixels on a side of a token
+CONTRAST = 32.0  # of 255: pictures with less than this are compared as if they had it
 BLOCK = 4  # pixels on a side of what a token's motion is judged on: their mean has a quarter of the camera's noise
 MOTION_WINDOW = 5  # frames
 MOTION_SCALE = 25.5  # root mean square difference of two frames, of 255, that is full motion
@@ -53,13 +55,20 @@ def thumbnail(picture: np.ndarray) -> np.ndarray:
 def similarity(measure: str, now: np.ndarray, before: np.ndarray) -> float:
     """How alike two thumbnails are, at most 1.
 
-    "frame" is StreamDiffusion's measure, the cosine of the angle between the pictures as vectors (section 3.5): right
-    for a whole scene, and blind to a mouth that speaks in a still room. "patch" is 1 minus the mean absolute difference
-    of that patch of 16 by 16 which changed most, on the scale from black to white.
+    "frame" is for a whole scene, and nearly blind to a mouth that speaks in a still room: the lesser of two likenesses.
+    One is StreamDiffusion's (section 3.5), the cosine of the angle between the pictures as vectors, their values centred
+    as its filter has them: from -127.5 to 127.5. (Not centred, all light pictures are alike, and black is like
+    everything.) CONTRAST is added to both as one more value, so that noise on an even grey, whose centred values are
+    nearly 0, is not a turn of the vector. The other is of the light: 1 minus the difference of the colour channels'
+    means on the scale from black to white, the largest of the three, which a cosine does not see.
+    "patch" is 1 minus the mean absolute difference of that patch of 16 by 16 which changed most, on the same scale.
     """
     if measure == "frame":
-        length = float(np.linalg.norm(now) * np.linalg.norm(before))
-        return 1.0 if length == 0 else float((now * before).sum() / length)
+        a, b = now.astype(np.float64) - 127.5, before.astype(np.float64) - 127.5
+        floor = CONTRAST**2 * a.size
+        cosine = ((a * b).sum() + floor) / np.sqrt((np.square(a).sum() + floor) * (np.square(b).sum() + floor))
+        light = 1.0 - np.abs((now - before).mean(axis=(0, 1))).max() / 255.0
+        return min(1.0, float(cosine), float(light))
     patch = THUMBNAIL // PATCHES
     difference = np.abs(now - before).reshape(PATCHES, patch, PATCHES, patch, 3).mean(axis=(1, 3, 4))
     return 1.0 - float(difference.max()) / 255.0
@@ -123,7 +132,7 @@ def shown_ages(shown: Sequence[tuple[float, float]], now_monotonic: float, sampl
     return moments - submitted[np.searchsorted(delivered, moments, side="right") - 1]
 
 
-# What moves: judged on the pictures as the model gets them, uint8 (H, W, 3), sides in multiples of 16
+# What moves: judged on the pictures as the model gets them, uint8 (H, W, 3), padded to multiples of 16
 
 
 def changed_tokens(now: np.ndarray, seen: np.ndarray, threshold: float) -> np.ndarray:

@@ -10,14 +10,13 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
+from pipeline.geometry import TOKEN
 from pipeline.images import EditError
 
 LIMITS: dict[str, tuple[float, float]] = {  # both ends allowed
     "steps": (1, 8),
-    "width": (64, 2048),
-    "height": (64, 2048),
+    "width": (1, 2048),
+    "height": (1, 2048),
     "seed": (0, 2**32 - 1),
     "cfg_scale": (1.0, 10.0),
     "blend_ratio": (0.0, 1.0),
@@ -46,18 +45,17 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 SWITCHES = ("embeds_background", "stream_batch", "motion_aware")  # true or false
 PICTURES: dict[str, tuple[int, int]] = {"edit": (1, 1), "blend": (2, 2), "references": (2, 3)}  # least, most
-SIZE_MULTIPLE = 16  # the VAE's factor of 8 times the transformer's 2x2 patches
 MAX_PROMPT_CHARS = 2000
 
 
-def _number(name: str, value: Any, multiple: int | None = None) -> int | float:
-    """`value` within LIMITS as a float, or with `multiple` as a whole multiple of it."""
+def _number(name: str, value: Any, whole: bool) -> int | float:
+    """`value` within LIMITS as a float, or as a whole number."""
     low, high = LIMITS[name]
     # NaN fails the comparison. For whole numbers 2.0 passes: JSON has one number type.
     good = isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high
-    if good and (multiple is None or value % multiple == 0):
-        return float(value) if multiple is None else int(value)
-    kind = {None: "a number", 1: "a whole number"}.get(multiple, f"a multiple of {multiple}")
+    if good and (not whole or value % 1 == 0):
+        return int(value) if whole else float(value)
+    kind = "a whole number" if whole else "a number"
     raise EditError(f"{name} is {reprlib.repr(value)}. Allowed: {kind} from {low} to {high}.")
 
 
@@ -89,14 +87,14 @@ class EditParams:
     prompt: str
     negative_prompt: str = ""  # read when cfg_scale > 1; empty stands for " ", as in Qwen's own examples
     steps: int = 2
-    width: int | None = None  # pixels; None = the model's default size
-    height: int | None = None
+    width: int | None = None  # pixels; without one of the two the result has the first picture's shape,
+    height: int | None = None  # without both of them also the area of the model's default size
     seed: int = 0
     cfg_scale: float = 1.0  # true CFG; 1 = off, above it every step costs two passes
-    fit: str = "crop"  # how a picture of another aspect meets the output size
+    fit: str = "crop"  # how a picture of another shape meets a given width and height
     mode: str = "edit"  # blend = two pictures are mixed by blend_ratio, then edited; references = all go to the model
     blend_ratio: float = 0.5  # 0 = the first picture only, 1 = the second only
-    reference_area: str = "output"  # output = references at the output's size; stock = own aspect, 1024x1024 area
+    reference_area: str = "output"  # output = references at the output's area; stock = at 1024x1024
     skip_similar: str = "off"  # a frame like the last computed one repeats its result; by what measure: see `policies`
     skip_threshold: float = 0.98  # likeness from which frames are skipped, the likelier the more alike
     max_skipped: int = 10  # in a row
@@ -119,8 +117,7 @@ class EditParams:
     transition: str = "linear"
 
     def __post_init__(self):
-        whole = ("steps", "seed", "max_skipped", "embeds_every", "transition_frames")
-        multiples = dict.fromkeys(whole, 1) | {"width": SIZE_MULTIPLE, "height": SIZE_MULTIPLE}
+        whole = ("steps", "width", "height", "seed", "max_skipped", "embeds_every", "transition_frames")
         for name in (field.name for field in dataclasses.fields(self)):
             value = getattr(self, name)
             if name in CHOICES:
@@ -130,7 +127,7 @@ class EditParams:
             elif name not in LIMITS:
                 value = _text(name, value)
             elif not (name in ("width", "height") and value is None):
-                value = _number(name, value, multiples.get(name))
+                value = _number(name, value, name in whole)
             object.__setattr__(self, name, value)
         if not self.prompt:
             raise EditError(f"prompt is empty. Allowed: 1 to {MAX_PROMPT_CHARS} characters that say what to change.")
@@ -151,40 +148,24 @@ class EditParams:
         return EditParams.from_dict({**dataclasses.asdict(self), **changes})
 
 
-def output_size(images: list, params: EditParams, default_side: int, max_pixels: int) -> tuple[int, int]:
-    """The output's (width, height). Raises EditError on what cannot work, before a frame waits for its turn."""
-    least, most = PICTURES[params.mode]
-    if len(images) < least or len(images) > most:
-        allowed = f"{least}" if least == most else f"{least} to {most}"
-        raise EditError(f"{len(images)} pictures came. Allowed in mode {params.mode}: {allowed}.")
-    for image in images:
-        dtype, shape = getattr(image, "dtype", type(image).__name__), getattr(image, "shape", ())
-        if not (isinstance(image, np.ndarray) and dtype == np.uint8 and shape[2:] == (3,) and image.size):
-            raise EditError(f"A picture came as {dtype} {shape}. Allowed: a numpy array, uint8 (height, width, 3).")
-    width, height = params.width or default_side, params.height or default_side
-    if width * height > max_pixels:
-        raise EditError(f"The output would be {width}x{height}, {width * height:,} pixels. Allowed: {max_pixels:,}.")
-    return width, height
-
-
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """Load-time settings. A bad value raises ValueError."""
 
     max_sessions: int = 32
     idle_timeout_s: float = 60.0  # a session that neither sent nor got a frame for so long is freed
-    default_size: int | None = None  # output width and height when params leave them open; None = the model's own
+    default_size: int | None = None  # side of a square of the output's area when params leave it open; None = the model's own
     max_pixels: int = 2048 * 2048  # largest output, width * height
     fast_path: bool = True  # the pipeline's exact accelerations
     pipelining: bool = True  # encode of the next frame and decode of the last beside the denoise, on a GPU
     reuse_sessions: int = 2  # that may hold keys and values at a time: 3.3 GB each for the real model at 512x512
 
     def __post_init__(self):
-        sizes = range(int(LIMITS["width"][0]), int(LIMITS["width"][1]) + 1, SIZE_MULTIPLE)
+        sizes = range(64, int(LIMITS["width"][1]) + 1, TOKEN)
         for name, good, allowed in (
             ("max_sessions", self.max_sessions >= 1, "from 1"),
             ("idle_timeout_s", 0 < self.idle_timeout_s <= 1e6, "above 0, at most 1e6"),
-            ("default_size", self.default_size in (None, *sizes), f"None, or a multiple of 16 in {sizes}"),
+            ("default_size", self.default_size in (None, *sizes), f"None, or a multiple of {TOKEN} in {sizes}"),
             ("reuse_sessions", self.reuse_sessions >= 0, "from 0"),
             ("max_pixels", self.max_pixels >= sizes[0] ** 2, f"from {sizes[0] ** 2}"),
         ):

@@ -1,14 +1,14 @@
 """Attention of 8-bit queries, keys and values, e4m3, on Hopper's tensor cores; and what makes them 8 bits.
 
-Twice the tensor cores' rate of bfloat16 and half the bytes. Each number keeps its own exponent, so scales need not be
-measured: they only have to keep numbers out of overflow and of what underflows (15 powers of two lie between). A norm
-and a rotation bound queries and keys, |x| <= sqrt(d) max|weight| (`qk_scale`); for values any bound within some powers
-of two of their usual size does, one for each head (`value_scales`). So every number is rounded as soon as it is known,
-and kept ones of other frames have the scales of new ones.
+It has twice the tensor cores' rate of bfloat16 and reads half the bytes. e4m3 is floating point, so scales need not be
+measured: they only have to keep numbers from overflowing and from underflowing, and 15 powers of two lie between the two.
+A norm and a rotation bound queries and keys, |x| <= sqrt(d) max|weight| (`qk_scale`). For values any bound within some
+powers of two of their usual size will do, one for each head (`value_scales`). So every number is rounded as soon as it is
+known, and keys and values that are cached from other frames have the same scales as new ones.
 
-Tensor cores of 8 bits want the summed dimension contiguous in both operands. For the second product that is the tokens,
-so values are transposed before it (`transposed_values`). And their tokens are put into another order: in each 16 the
-one in which a thread holds the first product's results where the second product's operand needs them, so that
+8-bit tensor cores want the summed dimension contiguous in both operands. For the second product that dimension is the
+tokens, so values are transposed before it (`transposed_values`). Their tokens are also put into another order: in each 16,
+the one in which a thread holds the first product's results where the second product's operand needs them, so that
 probabilities go from one product to the next without leaving their registers.
 
 On the CPU the same functions are written in PyTorch: the definition that the kernels are tested against.
@@ -20,34 +20,25 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fast_path.kernels import Places
-from quantization.kernels import Quantized, gluon, triton
-
-if triton is not None:
-    import triton.language as tl
-if gluon is not None:
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia import hopper
-    from triton.experimental.gluon.language.nvidia.hopper import mbarrier
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    from quantization.kernels import barrier, begin_load
+from fast_path.kernels import Destinations
+from quantization.languages import GluonDescriptor, barrier, begin_load, gl, gluon, hopper, mbarrier, tl, triton
+from quantization.rows import Quantized
 
 EIGHT = torch.float8_e4m3fn
 LARGEST = 448.0
 WIDTH = 128  # numbers of a head that the kernel of attention is written for
-# It computes tiles of so many queries and keys, with so many warps, and loads keys and values so many tiles ahead.
+# Its tiles, in queries and in keys, its warps, and how many tiles ahead it loads keys and values.
 _BLOCK_M, _BLOCK_N, _WARPS, _STAGES = 64, 128, 4, 2
 _RAISE = 8.0  # probabilities are at most 2^8 in e4m3, the sum too: the smallest that is not zero is then 2^-17
 
 
 class Scales(NamedTuple):
-    """What numbers are divided by before they are rounded to e4m3: queries, keys, values, and what is heard."""
+    """What numbers are divided by before they are rounded to e4m3: queries, keys, values, and the attention's output."""
 
     q: float
     k: float
     v: torch.Tensor  # float32 (H,), on the values' device
-    heard: torch.Tensor  # float32 (1,)
+    output: torch.Tensor  # float32 (1,)
 
 
 def refusal(device: torch.device, width: int) -> str | None:
@@ -65,7 +56,7 @@ def refusal(device: torch.device, width: int) -> str | None:
 
 
 def qk_scale(weights: torch.Tensor) -> float:
-    """The scale of vectors that were normed with one of `weights` (..., d) and turned: none overflows."""
+    """The scale of vectors that were normed with one of `weights` (..., d) and rotated: none overflows."""
     return math.sqrt(weights.shape[-1]) * float(weights.abs().max()) / LARGEST
 
 
@@ -77,33 +68,33 @@ def value_scales(norms: torch.Tensor, heads: int) -> torch.Tensor:
     return norms.float().view(heads, -1).amax(1).clamp_min(1e-12)
 
 
-def heard_scale(values: torch.Tensor) -> torch.Tensor:
-    """float32 (1,) from the values' scales (H,). What is heard is a mean of values, the smaller the more there are."""
+def output_scale(values: torch.Tensor) -> torch.Tensor:
+    """float32 (1,) from the values' scales (H,). An output is a mean of values, the smaller the more values there are."""
     return values.amax(0, keepdim=True) / 8.0
 
 
 def norm_rope_quantize(
     qkv: torch.Tensor,
-    kinds: torch.Tensor,
+    row_types: torch.Tensor,
     positions: torch.Tensor,
     weights: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     eps: float,
     scales: Scales,
-    to: Places,
+    to: Destinations,
     move_q: bool = True,
 ) -> None:
-    """`fast_path.kernels.qk_norm_rope` (which see), rounded once to e4m3, with the values, to where `to` says.
+    """`fast_path.kernels.qk_norm_rope` and the values, rounded once to e4m3 and written to `to`.
 
     `to.q`, `to.k`, `to.v`: e4m3 (S, H, d), each row contiguous; row r goes to row `to.rows[r]`, or to row r if that is
     None. `to.q` is (R, H, d) in the rows' own order if not `move_q`.
     """
     if qkv.is_cuda:
-        _norm_rope_quantize_triton(qkv, kinds, positions, weights, cos, sin, eps, scales, to, move_q)
+        _norm_rope_quantize_triton(qkv, row_types, positions, weights, cos, sin, eps, scales, to, move_q)
         return
     x = qkv[:, :2].float()  # (R, 2, H, d)
-    x = F.rms_norm(x, x.shape[-1:], eps=eps) * weights[(kinds % 3 == 0).long()].float().unsqueeze(2)
+    x = F.rms_norm(x, x.shape[-1:], eps=eps) * weights[(row_types % 3 == 0).long()].float().unsqueeze(2)
     even, odd, c, s = x[..., 0::2], x[..., 1::2], cos[positions][:, None, None], sin[positions][:, None, None]
     q, k = torch.stack((even * c - odd * s, even * s + odd * c), -1).flatten(-2).unbind(1)
     own = slice(len(qkv))
@@ -124,11 +115,11 @@ def attend_fp8(
     if q.is_cuda:
         return _attend_gluon(q, k, transposed_values(v), scales, eight_bit)
     q, k, v = (x.transpose(1, 2).float() for x in (q, k, v))
-    heard = F.scaled_dot_product_attention(q * scales.q, k * scales.k, v * scales.v[:, None, None])
-    heard = heard.transpose(1, 2).flatten(2)
+    attended = F.scaled_dot_product_attention(q * scales.q, k * scales.k, v * scales.v[:, None, None])
+    attended = attended.transpose(1, 2).flatten(2)
     if not eight_bit:
-        return heard.bfloat16()
-    return Quantized(_eight(heard.flatten(0, 1), scales.heard), scales.heard.expand(heard.shape[0] * heard.shape[1]))
+        return attended.bfloat16()
+    return Quantized(_eight(attended.flatten(0, 1), scales.output), scales.output.expand(attended.shape[0] * attended.shape[1]))
 
 
 def transposed_values(v: torch.Tensor) -> torch.Tensor:
@@ -150,11 +141,11 @@ def _eight(x: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
     return (x * (1 / scale)).clamp(-LARGEST, LARGEST).to(EIGHT)
 
 
-def _norm_rope_quantize_triton(qkv, kinds, positions, weights, cos, sin, eps, scales, to, move_q, block=8, warps=4):
+def _norm_rope_quantize_triton(qkv, row_types, positions, weights, cos, sin, eps, scales, to, move_q, block=8, warps=4):
     count, _, heads, width = qkv.shape
     block = min(block, triton.next_power_of_2(heads))
     _norm_rope_quantize_kernel[(count, triton.cdiv(heads, block))](
-        qkv, to.q, to.k, to.v, kinds if to.rows is None else to.rows, kinds, positions, weights, cos, sin, scales.v,
+        qkv, to.q, to.k, to.v, row_types if to.rows is None else to.rows, row_types, positions, weights, cos, sin, scales.v,
         to.q.stride(0), to.k.stride(0), to.v.stride(0), eps, 1 / scales.q, 1 / scales.k,
         MOVE=to.rows is not None, MOVE_Q=to.rows is not None and move_q,
         HEADS=heads, BLOCK_HEADS=block, WIDTH=width, num_warps=warps,
@@ -177,13 +168,13 @@ def _attend_gluon(q: torch.Tensor, k: torch.Tensor, values: torch.Tensor, scales
     """With `transposed_values`."""
     (batch, rows, heads, width), keys = q.shape, k.shape[1]
     out = q.new_empty(batch, rows, heads * width, dtype=EIGHT if eight_bit else torch.bfloat16)
-    row_scales = scales.heard.new_empty(batch * rows) if eight_bit else scales.heard
+    row_scales = scales.output.new_empty(batch * rows) if eight_bit else scales.output
     factor = scales.q * scales.k * math.log2(math.e) / math.sqrt(width)
     values = values.flatten(0, 2)
     _attend_kernel[(triton.cdiv(rows, _BLOCK_M), heads, batch)](
         _described(q, _BLOCK_M), _described(k, _BLOCK_N),
         _descriptor(values, [*values.shape], values.stride(0), width, _BLOCK_N), scales.v,
-        scales.heard, out, row_scales, rows, keys, _sample_rows(q), _sample_rows(k), factor,
+        scales.output, out, row_scales, rows, keys, _sample_rows(q), _sample_rows(k), factor,
         EIGHT=eight_bit, HEADS=heads, WIDTH=width, BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, RAISE=_RAISE, STAGES=_STAGES,
         WARPS=_WARPS, num_warps=_WARPS,
     )  # fmt: skip
@@ -195,23 +186,23 @@ def _sample_rows(x: torch.Tensor) -> int:
     return x.stride(0) // x.stride(1)
 
 
-def _described(x: torch.Tensor, block: int) -> "TensorDescriptor":
+def _described(x: torch.Tensor, block: int) -> "GluonDescriptor":
     """All rows of (B, N, H, d), and those between its samples, as one matrix."""
     batch, count, heads, width = x.shape
     assert x.stride()[2:] == (width, 1) and (batch == 1 or x.stride(0) % x.stride(1) == 0), (x.shape, x.stride())
     return _descriptor(x, [(batch - 1) * _sample_rows(x) + count, heads * width], x.stride(1), block, width)
 
 
-def _descriptor(x: torch.Tensor, shape: list[int], stride: int, *block: int) -> "TensorDescriptor":
+def _descriptor(x: torch.Tensor, shape: list[int], stride: int, *block: int) -> "GluonDescriptor":
     layout = gl.NVMMASharedLayout.get_default_for([*block], gl.float8e4nv)
-    return TensorDescriptor(x, shape, [stride, 1], [*block], layout)
+    return GluonDescriptor(x, shape, [stride, 1], [*block], layout)
 
 
 if triton is not None:
 
     @triton.jit
     def _norm_rope_quantize_kernel(
-        qkv, q, k, v, places, kinds, positions, weights, cos, sin, value_scales,
+        qkv, q, k, v, destinations, row_types, positions, weights, cos, sin, value_scales,
         q_stride, k_stride, v_stride, eps, q_factor, k_factor,
         MOVE: tl.constexpr, MOVE_Q: tl.constexpr, HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
@@ -227,8 +218,8 @@ if triton is not None:
         value = tl.load(given + (2 * HEADS + v_head) * WIDTH + numbers, mask=v_head < HEADS, other=0.0).to(tl.float32)
         place = own
         if MOVE:
-            place = tl.load(places + row).to(tl.int64)
-        stream = tl.where(tl.load(kinds + row) % 3 == 0, 2, 0)
+            place = tl.load(destinations + row).to(tl.int64)
+        stream = tl.where(tl.load(row_types + row) % 3 == 0, 2, 0)
         pairs = tl.load(positions + row) * (WIDTH // 2) + tl.arange(0, WIDTH // 2)
         value = value * (1.0 / tl.load(value_scales + v_head, mask=v_head < HEADS, other=1.0))
         weight = tl.load(weights + ((stream + is_key) * WIDTH + numbers)).to(tl.float32)
@@ -238,9 +229,9 @@ if triton is not None:
         factor = tl.where(is_key == 1, k_factor, q_factor)
         factor *= tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / WIDTH + eps)
         even, odd = tl.split(tl.reshape(x * factor * weight, (2 * BLOCK_HEADS, WIDTH // 2, 2)))
-        turned = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (2 * BLOCK_HEADS, WIDTH))
+        rotated = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (2 * BLOCK_HEADS, WIDTH))
         to = tl.where(is_key == 1, k + place * k_stride, q + (place if MOVE_Q else own) * q_stride)
-        tl.store(to + head * WIDTH + numbers, turned.to(tl.float8e4nv), mask=head < HEADS)
+        tl.store(to + head * WIDTH + numbers, rotated.to(tl.float8e4nv), mask=head < HEADS)
 
     @triton.jit
     def _even_bytes(low, high):
@@ -283,7 +274,7 @@ if gluon is not None:
 
     @gluon.jit
     def _fetch(source, row, column, buffers, barriers, block, wanted, STAGES: gl.constexpr):
-        """Begins to load a block into its place of the ring, if it is wanted."""
+        """Starts the load of one block into its slot of the ring, if `wanted`."""
         bar = barriers.index(block % STAGES)
         mbarrier.expect(bar, source.block_type.nbytes, pred=wanted)
         begin_load(source, [row, column], bar, buffers.index(block % STAGES), pred=wanted)
@@ -303,11 +294,11 @@ if gluon is not None:
 
     @gluon.jit(do_not_specialize=["rows", "keys", "q_sample", "k_sample"])
     def _attend_kernel(
-        q, k, v, value_scales, heard_scale, out, row_scales, rows, keys, q_sample, k_sample, scale,
+        q, k, v, value_scales, output_scale, out, row_scales, rows, keys, q_sample, k_sample, scale,
         EIGHT: gl.constexpr, HEADS: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
         RAISE: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
     ):  # fmt: skip
-        """A block's second product runs beside the next's exponentials. The last block comes first, full or not."""
+        """A block's second product runs while the next block's exponentials are computed. The last block comes first, full or not."""
         S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 32])
         OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH, 32])
         P: gl.constexpr = gl.DotOperandLayout(0, OUT, 4)
@@ -336,12 +327,12 @@ if gluon is not None:
         m = gl.full((BLOCK_M,), -1e30, gl.float32, gl.SliceLayout(1, S))
         total = gl.full((BLOCK_M,), 0.0, gl.float32, gl.SliceLayout(1, S))
         nothing = gl.full((BLOCK_M, BLOCK_N), 0.0, gl.float32, S)
-        heard = gl.full((BLOCK_M, WIDTH), 0.0, gl.float32, OUT)
+        attended = gl.full((BLOCK_M, WIDTH), 0.0, gl.float32, OUT)
         mbarrier.wait(q_bar.index(0), 0)
         mbarrier.wait(k_bars.index(0), 0)
         s = hopper.warpgroup_mma(queries.index(0), key_ring.index(0).permute((1, 0)), nothing, use_acc=False)
         s = gl.where((whole + gl.arange(0, BLOCK_N, gl.SliceLayout(0, S)) < keys)[None, :], s, -1e30)
-        hearing = hopper.warpgroup_mma_init(heard)
+        attending = hopper.warpgroup_mma_init(attended)
         barrier()
         _fetch(k, place + (STAGES - 1) * BLOCK_N, column, key_ring, k_bars, STAGES, blocks > STAGES, STAGES)
         for block in range(0, blocks - 1):
@@ -350,34 +341,34 @@ if gluon is not None:
             keys_then = key_ring.index(then % STAGES).permute((1, 0))
             scores = hopper.warpgroup_mma(queries.index(0), keys_then, nothing, use_acc=False, is_async=True)
             m, total, p, fade = _exponentials(s, m, total, scale, P, RAISE)
-            heard, s = hopper.warpgroup_mma_wait(0, deps=(hearing, scores))
-            heard = heard * gl.convert_layout(fade, gl.SliceLayout(1, OUT))[:, None]
+            attended, s = hopper.warpgroup_mma_wait(0, deps=(attending, scores))
+            attended = attended * gl.convert_layout(fade, gl.SliceLayout(1, OUT))[:, None]
             mbarrier.wait(v_bars.index(block % STAGES), (block // STAGES) & 1)
             values = value_ring.index(block % STAGES).permute((1, 0))
-            hearing = hopper.warpgroup_mma(p, values, heard, is_async=True)
+            attending = hopper.warpgroup_mma(p, values, attended, is_async=True)
             barrier()  # all warps are done with what these overwrite
             k_more, v_more = then + STAGES, block - 1 + STAGES
             _fetch(k, place + (k_more - 1) * BLOCK_N, column, key_ring, k_bars, k_more, k_more < blocks, STAGES)
             wanted = (block > 0) & (v_more < blocks)
             _fetch(v, upper, (v_more - 1) * BLOCK_N, value_ring, v_bars, v_more, wanted, STAGES)
         m, total, p, fade = _exponentials(s, m, total, scale, P, RAISE)
-        heard = hopper.warpgroup_mma_wait(0, deps=(hearing,))
-        heard = heard * gl.convert_layout(fade, gl.SliceLayout(1, OUT))[:, None]
+        attended = hopper.warpgroup_mma_wait(0, deps=(attending,))
+        attended = attended * gl.convert_layout(fade, gl.SliceLayout(1, OUT))[:, None]
         last = blocks - 1
         mbarrier.wait(v_bars.index(last % STAGES), (last // STAGES) & 1)
-        heard = hopper.warpgroup_mma(p, value_ring.index(last % STAGES).permute((1, 0)), heard)
+        attended = hopper.warpgroup_mma(p, value_ring.index(last % STAGES).permute((1, 0)), attended)
         W: gl.constexpr = gl.BlockedLayout([1, 16 if EIGHT else 8], [4 if EIGHT else 2, 8 if EIGHT else 16], [WARPS, 1], [1, 0])
         factor = gl.load(value_scales + head) / total
         if EIGHT:
-            factor /= gl.load(heard_scale)
-        heard = heard * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
+            factor /= gl.load(output_scale)
+        attended = attended * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
         if EIGHT:
-            heard = gl.minimum(gl.maximum(heard, -448.0), 448.0)
-        result = gl.convert_layout(heard.to(out.dtype.element_ty), W)
+            attended = gl.minimum(gl.maximum(attended, -448.0), 448.0)
+        result = gl.convert_layout(attended.to(out.dtype.element_ty), W)
         down = row + gl.arange(0, BLOCK_M, gl.SliceLayout(1, W))
         across = column + gl.arange(0, WIDTH, gl.SliceLayout(0, W))
         at = (sample * rows + down).to(gl.int64)[:, None] * (HEADS * WIDTH) + across[None, :]
         gl.store(out + at, result, mask=(down < rows)[:, None])
-        if EIGHT:  # all rows have one scale: whoever reads them wants it for each
-            one = gl.full((BLOCK_M,), 0.0, gl.float32, gl.SliceLayout(1, W)) + gl.load(heard_scale)
+        if EIGHT:  # all rows have one scale; the layer that reads them expects one for each row
+            one = gl.full((BLOCK_M,), 0.0, gl.float32, gl.SliceLayout(1, W)) + gl.load(output_scale)
             gl.store(row_scales + sample * rows + down, one, mask=(down < rows) & (head == 0))

@@ -1,10 +1,10 @@
-"""CUDA graphs by shape: a function of tensors is recorded once for each kind of input and replayed ever after.
+"""CUDA graphs by shape: a function of tensors is recorded once for each shape of its inputs, and replayed from then on.
 
 At batch one the 20 B transformer launches its kernels more slowly than the GPU runs them: eager, a step at 256x256 and
 one at 512x512 take the same time. A replayed graph launches thousands of kernels with one call. The price is one
 recording for each new shape, some tens of milliseconds for what is written in few kernels: cheap enough to do when a
-shape first comes, so nothing is padded, bucketed or guessed ahead. (But by token reuse: its shapes change with every
-frame.)
+shape first comes, so shapes are not padded, bucketed or predicted. Token reuse is the exception: its shapes change with
+every frame.
 
 Graphs are recorded and replayed on the engine's one inference thread; recording is thread-local, so that the page's
 threads may go on talking to the GPU. Recordings of one object share a memory pool: their scratch space overlaps, which is safe
@@ -43,11 +43,11 @@ class Graphs:
         return len(self._entries)
 
     def run(self, key: Hashable, function: Callable, *inputs: torch.Tensor):
-        """`function(*inputs)`: a tensor or a tuple of tensors, the caller's own.
+        """`function(*inputs)`: a tensor or a tuple of tensors. They are clones that later calls do not overwrite.
 
-        `key` names everything that the function depends on beside the inputs' shapes, dtypes and values. It must ask
-        the GPU nothing, copy nothing from the host, and read no other tensors than the inputs and what it owns. The
-        first call for a key runs it as it is, which fills caches and compiles kernels, and records it afterwards.
+        `key` names everything the function depends on except for the inputs' shapes, dtypes and values. The function must
+        ask the GPU nothing, copy nothing from the host, and read no tensors other than the inputs and its own. The first
+        call for a key runs it as it is, which fills caches and compiles kernels, and records it afterwards.
         """
         if not self._recorder.records(inputs[0]):
             return function(*inputs)
@@ -74,7 +74,7 @@ class Graphs:
         return len(self._entries) >= self.max_entries
 
     def record(self, key: Hashable, function: Callable, *inputs: torch.Tensor) -> None:
-        """Records before it is needed, on CUDA. Nothing runs here: what a first call compiles and fills must be there."""
+        """Record before it is needed, on CUDA. Nothing runs: what a first call compiles and fills has to exist already."""
         self._add(_kind(key, inputs), function, inputs)
 
     def clear(self) -> None:
@@ -110,7 +110,7 @@ class CudaRecorder:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         if self._stream is None:
-            self._stream = torch.cuda.Stream()  # one for all: libraries keep a workspace for every stream they saw
+            self._stream = torch.cuda.Stream()  # one for all: libraries keep a workspace for every stream they have seen
         self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):

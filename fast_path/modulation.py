@@ -2,7 +2,7 @@
 
 In every block a linear layer for each stream turns the time's embedding into shifts, scales and gates. Its input is one
 row, whatever the picture: in Qwen-Image 6.8 of the 20.4 billion parameters (13.6 GB) make 120 times 18,432 numbers, the
-same ones for every frame at the same noise level. They are kept (6.6 MB a level) and the weights leave the GPU. A level
+same ones for every frame at the same noise level. They are kept (6.6 MB a level) and the weights may leave the GPU. A level
 that was never asked for brings them back, block by block, for as long as it takes to compute it.
 """
 
@@ -25,27 +25,10 @@ class Modulations:
         self.transformer = transformer
         self.layers = [layer for block in transformer.transformer_blocks for layer in (block.img_mod, block.txt_mod)]
         self._cache = ContentCache(max_entries)
-        self.offloaded = False
 
     @property
     def device(self) -> torch.device:
         return self.transformer.proj_out.weight.device
-
-    def offload(self) -> int:
-        """Moves the layers' weights to the CPU if they are on a GPU; returns the bytes freed there."""
-        if self.device.type != "cuda" or self.offloaded:
-            return 0
-        freed = sum(p.nbytes for layer in self.layers for p in layer.parameters() if p.is_cuda)
-        for layer in self.layers:
-            layer.to("cpu")
-        self.offloaded = True
-        return freed
-
-    def onload(self) -> None:
-        """Brings the weights back to stay, for whoever runs the transformer itself."""
-        for layer in self.layers:
-            layer.to(self.device)
-        self.offloaded = False
 
     def get(self, time: float, times: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """(blocks, out) for the pipeline's timestep `time`; if it is new, all of `times` are computed together."""

@@ -29,7 +29,7 @@ import torch
 
 from fast_path.attention import EIGHT
 from fast_path.graphs import Graphs
-from fast_path.kernels import Places
+from fast_path.kernels import Destinations
 from fast_path.transformer import FusedTransformer, Sample
 from pipeline.images import EditError
 
@@ -70,6 +70,13 @@ class TokenCache:
         self._graphs = Graphs()
         self.clear()
         fused.token_caches.add(self)
+
+    def serve(self, fused: FusedTransformer) -> None:
+        """For another build of the transformer's fast path: what the one before computed is forgotten."""
+        if fused is not self._fused:
+            self.clear()
+            self._fused = fused
+            fused.token_caches.add(self)
 
     def clear(self) -> None:
         """Forgets all and frees its memory: the next frame computes everything."""
@@ -158,7 +165,7 @@ class TokenCache:
 
     def _allocate(self, key: tuple, sample: Sample) -> None:
         self.clear()
-        self._kept = [_room(self._fused, sample) for _ in sample.times]
+        self._kept = [_new_buffer(self._fused, sample) for _ in sample.times]
         self._velocities = [torch.zeros_like(sample.latents) for _ in sample.times]
         count = sample.latents.shape[1]
         self._age = np.zeros(count, int)
@@ -215,7 +222,7 @@ class TokenCache:
         """
         short = copy.copy(self._fused)
         short.blocks = [self._fused.blocks[0], self._fused.blocks[-1]]
-        kept, velocities = [_room(short, sample)] * (step + 1), [torch.zeros_like(sample.latents)] * (step + 1)
+        kept, velocities = [_new_buffer(short, sample)] * (step + 1), [torch.zeros_like(sample.latents)] * (step + 1)
         _step(short, kept, velocities, step, with_text, sample.shapes, *inputs)
 
 
@@ -224,7 +231,7 @@ def _unit(count: int) -> int:
     return max(1, count // BUCKETS)
 
 
-def _room(fused: FusedTransformer, sample: Sample) -> torch.Tensor:
+def _new_buffer(fused: FusedTransformer, sample: Sample) -> torch.Tensor:
     """For one step's keys and values: (L, 2, S, H, d)."""
     length = sum(t.shape[1] for t in sample[:3])
     shape = (len(fused.blocks), 2, length, fused.heads, fused.width // fused.heads)
@@ -263,19 +270,19 @@ def _step(
         # Eight bytes at a time: these kernels take a thread for each number.
         first, now = (k.flatten(3).view(torch.int64) for k in (kept[0], kept[step]))
         now.index_copy_(2, beside, first.index_select(2, beside))
-    kinds = [torch.full_like(part, kind) for part, kind in zip(parts, (0, 1, 2)[not with_text :], strict=False)]
-    rows = _Rows(torch.cat(parts), torch.cat(kinds), text if with_text else 0, len(tokens))
-    attention = _Kept(fused, kept[step], rows, fused.rope(shapes, text))
-    found = fused.run(attention, prompt_embeds[0] if with_text else None, pictures, modulation, out.unsqueeze(0))
+    row_types = [torch.full_like(part, kind) for part, kind in zip(parts, (0, 1, 2)[not with_text :], strict=False)]
+    rows = _Rows(torch.cat(parts), torch.cat(row_types), text if with_text else 0, len(tokens))
+    strategy = _Kept(fused, kept[step], rows, fused.rope(shapes, text))
+    found = fused.run(strategy, prompt_embeds[0] if with_text else None, pictures, modulation, out.unsqueeze(0))
     velocities[step].index_copy_(1, tokens, found.unsqueeze(0))
     return velocities[step].clone()
 
 
 class _Rows(NamedTuple):
-    """The rows of a forward: places among all tokens, kinds (see `kernels`), and how many are text and noise, in this order."""
+    """The rows of a forward: places among all tokens, row_types (see `kernels`), and how many are text and noise, in this order."""
 
     places: torch.Tensor
-    kinds: torch.Tensor
+    row_types: torch.Tensor
     text: int
     noise: int
 
@@ -285,15 +292,15 @@ class _Kept:
 
     def __init__(self, fused: FusedTransformer, kept: torch.Tensor, rows: _Rows, rope: tuple[torch.Tensor, torch.Tensor]):
         self._fused, self._kept, self._rope = fused, kept, rope
-        self.text, self.kinds = rows.text, rows.kinds.int()
+        self.text, self.row_types = rows.text, rows.row_types.int()
         self.noise = slice(rows.text, rows.text + rows.noise)
         self._places = rows.places.int()
 
-    def hear(self, i: int, block, h, only_noise: bool = False) -> torch.Tensor:
+    def attend(self, i: int, block, h, only_noise: bool = False) -> torch.Tensor:
         """(R, D), or for the noise alone (N, D)."""
         fused, (k, v) = self._fused, self._kept[i]
         qkv = fused.qkv(block, h, self.text)
         q = qkv[:, 0] if k.dtype == qkv.dtype else torch.empty_like(qkv[:, 0], dtype=k.dtype)
-        fused.norm_rope(block, qkv, self.kinds, self._places, self._rope, Places(q, k, v, self._places), move_q=False)
+        fused.norm_rope(block, qkv, self.row_types, self._places, self._rope, Destinations(q, k, v, self._places), move_q=False)
         q = q[self.noise if only_noise else slice(None)]
         return fused.attend(block, q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), alone=True)

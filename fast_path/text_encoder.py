@@ -1,24 +1,23 @@
-"""The vision-language model as two functions of tensors that a CUDA graph can hold: what it sees, what it reads.
+"""The vision-language model as two functions of tensors that a CUDA graph can hold: `encode_image` and `encode_text`.
 
 transformers' vision tower asks the GPU how long its windows are and attends to them one after the other, in every
 block: 41 ms for one picture on an H200, for one teraflop of work. All of that follows from the picture's grid, so here
-it is worked out once for each grid, on the host, and kept. Attention does not care in which order windows come: they
+it is worked out once for each grid, on the host, and cached. Attention does not care in which order windows come: they
 are sorted by size, and all of one size are one batch. Inside there are no questions and no masks.
 
 Both towers are the same pre-norm block (RMS norm, attention with rotary positions, gated feed-forward), so one function
 runs either, in few kernels: what is multiplied with the same input is one multiplication (q/k/v; gate and up), the
 residual stream is added to in place, and a rotation is three kernels. The weights are the loaded modules' own. To be
-multiplied at once they have to lie side by side: their storage is laid out anew and each Parameter becomes a view of
-its part, so memory does not grow and the modules' own forward still runs, on the same numbers.
+one product, weights are packed into one buffer, of which each Parameter becomes a view (`quantization.side_by_side`): memory
+does not grow, and the modules' own forward still runs on the same numbers.
 
 There is no vocabulary head, no key/value cache and no batch: one picture and one prompt at a time. Layers may be 8-bit
-ones (`quantized_linear`); those of one input become one as the others do.
+ones (`quantization.layer`); those that share an input become one layer too.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -27,19 +26,18 @@ from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from fast_path.graphs import Graphs
+from fast_path.text_encoder_check import check, check_alike, check_towers
 from fast_path.unsupported import UnsupportedError
 from quantization.layer import QuantizedLinear
+from quantization.side_by_side import pack, round_up
 
 Grid = tuple[int, int]  # (rows, columns) of patches
 
 # Matrix multiplications are at their fastest if rows begin at multiples of 16 bytes, 8 numbers in half precision. The
-# real vision tower's feed-forward is 3420 wide, which is none: its rows are kept 3424 apart.
+# real vision tower's feed-forward is 3420 wide, which is none: its rows begin 3424 numbers apart.
 _ALIGNMENT = 8
 # A CUDA graph is recorded for each length in multiples of this: one for most prompts.
 _LENGTHS = 32
-# Where the classes come from whose arithmetic is known here: a quantised or adapted layer has another home.
-_KNOWN_HOMES = (Qwen2_5_VLForConditionalGeneration.__module__, "transformers.activations")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Norm(NamedTuple):
@@ -68,17 +66,17 @@ class _Block(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """What follows from a grid of n patches. In window order, patches of a window and windows of a size are together."""
+    """What follows from a grid of n patches. In window order, patches of a window and windows of one size are contiguous."""
 
     order: torch.Tensor  # (n,) where each patch of window order comes from
-    back: torch.Tensor  # (n / merge^2,) where each merged token lies in window order
+    back: torch.Tensor  # (n / merge^2,) where each merged token is in window order
     cos: torch.Tensor  # (n, 1, 2, head_dim / 2) float32, in window order
     sin: torch.Tensor  # the same, the first half negated
     windows: tuple[tuple[int, int], ...]  # (how many windows, patches in each)
 
 
 class FusedTextEncoder:
-    """A loaded Qwen2.5-VL's vision tower (`see`) and language model (`read`), one CUDA graph replay each.
+    """A loaded Qwen2.5-VL's vision tower (`encode_image`) and language model (`encode_text`), one CUDA graph replay each.
 
     The results are the modules' own up to rounding (about 1e-6 in float32). Layers of `text_encoder` share their
     storage afterwards; build it again after moving the model, whose weights are elsewhere then. Raises UnsupportedError, and
@@ -86,10 +84,10 @@ class FusedTextEncoder:
     """
 
     def __init__(self, text_encoder: Qwen2_5_VLForConditionalGeneration):
-        _check(text_encoder)
+        check(text_encoder)
         try:
             visual, language_model = text_encoder.model.visual, text_encoder.model.language_model
-            self._check_towers(visual, language_model)
+            check_towers(visual, language_model)
             self._merge, self._full = visual.spatial_merge_size, frozenset(visual.fullatt_block_indexes)
             self._window = visual.window_size // self._merge // visual.patch_size  # its side in merged tokens
             patches = visual.patch_embed.proj
@@ -98,16 +96,18 @@ class FusedTextEncoder:
             self._merger, self._merger_norm = visual.merger.mlp, _norm(visual.merger.ln_q)
             self._vision_rotary, self._text_rotary = visual.rotary_pos_emb, language_model.rotary_emb
             self._norm = _norm(language_model.norm)
-            self._unread, self._away = (language_model.embed_tokens, text_encoder.lm_head), []
+            # The vocabulary head, which nothing reads here, and the word table, of which `vision_language.word_rows` fetches a
+            # prompt's rows: they may lie on the CPU.
+            self.unread = (language_model.embed_tokens, text_encoder.lm_head)
             vision = [_vision_parts(block) for block in visual.blocks]
             text = [_text_parts(layer) for layer in language_model.layers]
             for _, qkv, _, _, gate_up, *_ in (*vision, *text):
-                _check_alike(qkv), _check_alike(gate_up)
+                check_alike(qkv), check_alike(gate_up)
         except AttributeError as error:  # another transformers than those this was written for
             raise UnsupportedError(f"this Qwen2.5-VL is built otherwise: {error}") from error
         home = patches.weight.device
-        if home.type == "cuda" and not all(_lie_together(block.mlp.gate_proj, block.mlp.up_proj) for block in visual.blocks):
-            # Laid anew beside themselves, the blocks would leave holes too small for the next one: half a gigabyte of them.
+        if home.type == "cuda" and not all(_are_packed(block.mlp.gate_proj, block.mlp.up_proj) for block in visual.blocks):
+            # Packed on the GPU, the blocks would leave holes too small for the next block: half a gigabyte of them.
             visual.blocks.to("cpu")
             torch.cuda.empty_cache()
         self._vision_blocks = [_block(*parts, device=home) for parts in vision]
@@ -116,8 +116,12 @@ class FusedTextEncoder:
         # Not bounded: there are only as many grids as aspect ratios of one area, and one takes half a megabyte.
         self._layouts: dict[Grid, _Layout] = {}
 
+    @property
+    def device(self) -> torch.device:
+        return self._norm.weight.device
+
     @torch.no_grad()
-    def see(self, values: torch.Tensor, grid: Grid) -> torch.Tensor:
+    def encode_image(self, values: torch.Tensor, grid: Grid) -> torch.Tensor:
         """`visual(values, grid_thw=[[1, rows, columns]]).pooler_output`: (n, D) of n merged tokens, row by row.
 
         `values` (rows * columns, C * T * P * P) are one picture's patches as the image processor orders them. Raises
@@ -128,10 +132,10 @@ class FusedTextEncoder:
             raise ValueError(f"{len(values)} patches, grid {grid}: want rows * columns, multiples of {self._merge}")
         if grid not in self._layouts:
             self._layouts[grid] = self._lay_out(rows, columns)
-        return self.graphs.run(("see", grid), partial(self._see, self._layouts[grid]), values)
+        return self.graphs.run(("encode_image", grid), partial(self._encode_image, self._layouts[grid]), values)
 
     @torch.no_grad()
-    def read(self, embeds: torch.Tensor, positions: torch.Tensor, skip: int = 0) -> torch.Tensor:
+    def encode_text(self, embeds: torch.Tensor, positions: torch.Tensor, skip: int = 0) -> torch.Tensor:
         """`language_model(inputs_embeds=embeds, position_ids=positions).last_hidden_state[:, skip:]`.
 
         `embeds` (1, L, D) are tokens with the pictures' features in their places, `positions` (3, 1, L) their time, row
@@ -139,31 +143,14 @@ class FusedTextEncoder:
         Raises ValueError for a batch.
         """
         if len(embeds) != 1:
-            raise ValueError(f"a batch of {len(embeds)} was given: rows are read one at a time")
+            raise ValueError(f"a batch of {len(embeds)} was given. Allowed: 1")
         length = embeds.shape[1]
         if embeds.is_cuda:  # few lengths are recorded; the attention is causal, so rows behind the last change nothing
-            padding = _round_up(length, _LENGTHS) - length
+            padding = round_up(length, _LENGTHS) - length
             embeds, positions = F.pad(embeds, (0, 0, 0, padding)), F.pad(positions, (0, padding))
-        return self.graphs.run(("read", skip), partial(self._read, skip), embeds, positions)[:, : length - skip]
+        return self.graphs.run(("encode_text", skip), partial(self._encode_text, skip), embeds, positions)[:, : length - skip]
 
-    def offload(self) -> int:
-        """Moves to the CPU, if they are on a GPU, the vocabulary head, which nobody reads here, and the word table, of
-        which `vision_language.word_rows` fetches a prompt's rows. Returns the bytes freed; tied ones are one.
-        """
-        away = [module for module in self._unread if module.weight.is_cuda]
-        freed = {module.weight.data_ptr(): module.weight.nbytes for module in away}
-        for module in away:
-            module.to("cpu")
-        self._away += away
-        return sum(freed.values())
-
-    def onload(self) -> None:
-        """Brings back what `offload` took, for whoever runs the whole model."""
-        for module in self._away:
-            module.to(self._norm.weight.device)
-        self._away = []
-
-    def _see(self, layout: _Layout, values: torch.Tensor) -> torch.Tensor:
+    def _encode_image(self, layout: _Layout, values: torch.Tensor) -> torch.Tensor:
         x = F.linear(values.to(self._patches.weight.dtype).index_select(0, layout.order), *self._patches)
         everything = ((1, len(x)),)
         for i, block in enumerate(self._vision_blocks):
@@ -173,7 +160,7 @@ class FusedTextEncoder:
         x = _normalise(x, self._merger_norm).view(len(layout.back), -1)
         return self._merger(x).index_select(0, layout.back)
 
-    def _read(self, skip: int, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _encode_text(self, skip: int, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         x = embeds[0].clone()  # it is added to, and the input is the caller's
         cos, sin = _halves(*(table[0] for table in self._text_rotary(embeds, positions)))
         for block in self._text_blocks[:-1]:
@@ -206,19 +193,6 @@ class FusedTextEncoder:
             sin,
             tuple((len(list(same)), size * merge**2) for size, same in groupby(windows, key=len)),
         )
-
-    @staticmethod
-    def _check_towers(visual: nn.Module, language_model: nn.Module) -> None:
-        """The settings under which the arithmetic here is the towers'. Raises UnsupportedError."""
-        patches = visual.patch_embed.proj
-        if patches.kernel_size != patches.stride or any(patches.padding) or patches.groups != 1:
-            raise UnsupportedError(
-                "the patch embedding's kernel is not its stride: not known here as one multiplication"
-            )
-        if any(layer.self_attn.sliding_window is not None for layer in language_model.layers):
-            raise UnsupportedError("the language model attends within a sliding window, which is not known here")
-        if language_model.rotary_emb.rope_type != "default":
-            raise UnsupportedError(f'the rotary positions are "{language_model.rotary_emb.rope_type}", not "default"')
 
 
 def _attend_(
@@ -284,47 +258,6 @@ def _halves(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return cos.contiguous(), torch.cat((-sin[:, :, :1], sin[:, :, 1:]), dim=2)
 
 
-def _check(text_encoder: nn.Module) -> None:
-    """Raises UnsupportedError unless this is a plain, loaded Qwen2.5-VL, all of it on one device in one dtype."""
-    if type(text_encoder) is not Qwen2_5_VLForConditionalGeneration:
-        raise UnsupportedError(
-            f"a {type(text_encoder).__name__} is not known here, only Qwen2_5_VLForConditionalGeneration"
-        )
-    kinds, language_model = set(), text_encoder.model.language_model
-    for name, module in text_encoder.named_modules():
-        home = type(module).__module__
-        if hasattr(module, "_hf_hook"):
-            raise UnsupportedError("the text encoder is offloaded: its weights come and go")
-        known = home in _KNOWN_HOMES or home.startswith("torch.nn.modules.") or isinstance(module, QuantizedLinear)
-        if not known:
-            raise UnsupportedError(f"{name} is a {type(module).__name__}, which is not known here")
-        if "forward" in vars(module):
-            raise UnsupportedError(
-                f"the forward of {name or 'the text encoder'} has been replaced, perhaps to offload it"
-            )
-        if module is text_encoder.lm_head:
-            continue
-        for parameter in module.parameters(recurse=False):
-            if isinstance(module, QuantizedLinear) and parameter is not module.bias:
-                kinds.add((str(parameter.device), str(module.dtype)))
-                continue
-            if type(parameter) is not nn.Parameter or parameter.dtype not in _DTYPES or parameter.is_meta:
-                raise UnsupportedError(
-                    f"a weight of {name} is no plain one: {type(parameter).__name__}, {parameter.dtype}"
-                )
-            may_lie_anywhere = module is language_model.embed_tokens  # see `FusedTextEncoder.offload`
-            place = language_model.norm.weight if may_lie_anywhere else parameter
-            kinds.add((str(place.device), str(parameter.dtype)))
-    if len(kinds) != 1:
-        raise UnsupportedError(f"the weights are not all of one kind: {sorted(kinds)}")
-
-
-def _check_alike(linears: list) -> None:
-    """Raises UnsupportedError if layers of one input cannot be one layer."""
-    if len({linear.reads if isinstance(linear, QuantizedLinear) else None for linear in linears}) > 1:
-        raise UnsupportedError(f"layers of one input are quantised in different ways: {linears}")
-
-
 def _vision_parts(block: nn.Module) -> tuple:
     """`_block`'s arguments."""
     attention, mlp, heads = block.attn, block.mlp, block.attn.num_heads
@@ -353,7 +286,7 @@ def _block(norm1, projections, out, norm2, gate_up, down, activation, heads, kv_
         activation, heads, kv_heads, scale,
     )  # fmt: skip
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # the pieces left behind are too small for the next block: they would pile up
+        torch.cuda.empty_cache()  # the freed pieces are too small for the next block: they would pile up
     return block
 
 
@@ -361,53 +294,25 @@ def _norm(norm: nn.Module) -> _Norm:
     return _Norm(norm.weight.data, norm.variance_epsilon)
 
 
-def _lie_together(*linears: nn.Linear) -> bool:
-    """Whether the layers' weights are parts of one memory."""
+def _are_packed(*linears: nn.Linear) -> bool:
+    """Whether the layers' weights are views of one buffer."""
     return len({linear.weight.untyped_storage().data_ptr() for linear in linears}) == 1
 
 
 def _stack(linears: list[nn.Linear], device: torch.device, multiple: int = 1) -> _Linear | QuantizedLinear:
-    """Linears of the same input as one, outputs side by side, each filled up with zeros to a multiple of `multiple`.
+    """Linear layers that share an input as one; each is padded with zeros to a multiple of `multiple` outputs.
 
     8-bit ones have such numbers of outputs as they are.
     """
     if isinstance(linears[0], QuantizedLinear):
         return linears[0].to(device) if len(linears) == 1 else QuantizedLinear.merged(linears, device)
-    starts = [0, *accumulate(_round_up(linear.out_features, multiple) for linear in linears)]
-    places = [slice(start, start + linear.out_features) for start, linear in zip(starts, linears)]
-    weight = _share([linear.weight for linear in linears], (starts[-1], linears[0].in_features), places, device)
-    if linears[0].bias is None:
-        return _Linear(weight, None)
-    return _Linear(weight, _share([linear.bias for linear in linears], (starts[-1],), places, device))
+    weight = pack(linears, "weight", device, rows=multiple)
+    return _Linear(weight, None if linears[0].bias is None else pack(linears, "bias", device, rows=multiple))
 
 
 def _widen(linear: nn.Linear, device: torch.device, multiple: int) -> _Linear | QuantizedLinear:
-    """A Linear whose inputs are filled up to a multiple of `multiple`; the weights there are zeros."""
+    """A linear layer whose inputs are padded to a multiple of `multiple`; the weights there are zeros."""
     if isinstance(linear, QuantizedLinear):
         return linear.to(device)
-    shape = (linear.out_features, _round_up(linear.in_features, multiple))
-    weight = _share([linear.weight], shape, [(slice(None), slice(linear.in_features))], device)
+    weight = pack([linear], "weight", device, columns=multiple)
     return _Linear(weight, None if linear.bias is None else linear.to(device).bias.data)
-
-
-def _share(parameters: list[nn.Parameter], shape: tuple[int, ...], places: list, device: torch.device) -> torch.Tensor:
-    """One tensor of `shape` on `device`, zeros but for the parameters, each of which becomes the view of it at its place.
-
-    Where they lie like that already, they are left alone: building anew beside an older one costs no memory.
-    """
-    first = parameters[0]
-    storage = first.untyped_storage()
-    if first.device == device and storage.nbytes() == math.prod(shape) * first.element_size():
-        shared = first.data.new_empty(0).set_(storage, 0, shape)
-        views = [shared[place] for place in places]
-        if all(p.data_ptr() == view.data_ptr() and p.stride() == view.stride() for p, view in zip(parameters, views)):
-            return shared
-    shared = first.data.new_zeros(shape, device=device)
-    for parameter, place in zip(parameters, places):
-        shared[place].copy_(parameter.data)
-        parameter.data = shared[place]
-    return shared
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -29,19 +29,21 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
 )
 from torch import nn
 
-from fast_path import vae_kernels
+import fast_path.vae_kernels as vae_kernels
 from fast_path.graphs import Graphs
 from fast_path.unsupported import UnsupportedError
 
 
-def single_frame_vae(vae: AutoencoderKLQwenImage) -> "SingleFrameVAE":
+def single_frame_vae(vae: AutoencoderKLQwenImage, device: torch.device | None = None) -> "SingleFrameVAE":
     """The 2-D VAE that `vae` is for one frame, with its own channels-last copy of the weights (a third of them).
 
-    Raises UnsupportedError if `vae` holds a layer whose 2-D form is not known here, and on CUDA without Triton.
+    On `device`, or where `vae` is. Raises UnsupportedError if `vae` holds a layer whose 2-D form is not known here, and on
+    CUDA without Triton.
     """
-    if vae.device.type == "cuda" and vae_kernels.triton is None:
+    device = device or vae.device
+    if device.type == "cuda" and vae_kernels.triton is None:
         raise UnsupportedError("the VAE's kernels need Triton, which is not installed")
-    return SingleFrameVAE(vae).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return SingleFrameVAE(vae).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 class SingleFrameVAE(nn.Module):

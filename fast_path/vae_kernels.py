@@ -2,9 +2,9 @@
 
 A convolution leaves memory-bound work behind: on a GPU each bias, sum, norm and activation would read and write the
 whole picture again. Here each gap between two convolutions is one pass. Pictures are (B, H, W, C) contiguous, so that
-a pixel's channels lie side by side and a norm over channels stays within one program.
+a pixel's channels are contiguous and a norm over channels stays within one program.
 
-What gets a bias or a residual here, `x`, is a convolution's result that nobody else reads: the sum may take its memory.
+What gets a bias or a residual here, `x`, is a convolution's result that nothing else reads: the sum may take its memory.
 
 Every function takes CPU tensors too. The work is then done by its twin in plain PyTorch, the definition that the tests
 hold the kernels to; on CUDA it is the Triton kernel, always. Both compute in float32 and round once, when they store.
@@ -15,11 +15,7 @@ second, once for each number of channels (Triton keeps the result on disk).
 import torch
 import torch.nn.functional as F
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # PyTorch for the CPU comes without it
-    triton = None
+from quantization.languages import tl, triton
 
 # Scores of the attention that exist at once, in numbers: 256 MiB of float32. Longer pictures take turns of rows.
 MAX_SCORES = 2**26
@@ -173,7 +169,7 @@ def _blocks(pixels: int, channels: int):
 
 
 if triton is not None:
-    # Sizes of pictures are not specialised on: a new one would compile kernels anew, and no load would get better.
+    # Sizes of pictures are not specialised on: a new one would compile kernels again, and no load would get better.
 
     @triton.jit
     def _sum_of(x, bias, residual, at, mask, column, CHANNELS: tl.constexpr):

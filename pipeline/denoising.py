@@ -25,6 +25,7 @@ once what the negative's clean picture is, and every step is guided away from th
 the stock transformer runs one for each prediction.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -70,6 +71,7 @@ class Denoising:
     negative_clean: torch.Tensor | None = None  # the clean latents that a residual mode guides away from
     token_cache: Any = None
     transformer_kwargs: dict[str, Any] = field(default_factory=dict)
+    scheduler: Any = None  # one that steps by a rule of its own, for this picture alone
     step: int = 0  # steps done
 
     @property
@@ -131,13 +133,24 @@ def start(
         raise EditError(f"The cfg_delta is {cfg_delta!r}. Allowed: 0 to {MAX_CFG_DELTA:g}.")
     if cfg_scale <= 1 or (negative_prompt_embeds is None and cfg_mode != "self_negative"):
         cfg_mode = "none"
-    if cfg_mode in ("self_negative", "onetime_negative") and pipe.scheduler.config.invert_sigmas:
-        raise EditError(f'cfg_mode "{cfg_mode}" needs sigmas that fall to 0; this scheduler inverts them.')
+    if cfg_mode in ("self_negative", "onetime_negative"):
+        if schedule.settings is not None:
+            raise EditError(f'cfg_mode "{cfg_mode}" does not know how a {type(pipe.scheduler).__name__} steps. Allowed: full, batched.')
+        if pipe.scheduler.config.invert_sigmas:
+            raise EditError(f'cfg_mode "{cfg_mode}" needs sigmas that fall to 0; this scheduler inverts them.')
     if cfg_mode != "none" and token_cache is not None:
         raise EditError(f'Tokens cannot be reused with guidance (cfg_mode "{cfg_mode}"). Turn one of them off.')
     if token_cache is not None and len(latents) > 1:
         raise EditError(f"Tokens are reused for one picture at a time; {len(latents)} were given.")
     shapes = ((1, schedule.height // pipe._unit, schedule.width // pipe._unit), *references.shapes)
+    most = text_positions(pipe.transformer, shapes)
+    for embeds in (prompt_embeds, negative_prompt_embeds):
+        vision_language.check_length(0 if embeds is None else embeds.shape[1], 0, most)
+    scheduler = None
+    if schedule.settings is not None:
+        scheduler = copy.deepcopy(pipe.scheduler)
+        schedule.prepare(scheduler)
+    pipe.fast_path.look(pipe, "transformer")
     return Denoising(
         latents,
         references,
@@ -153,7 +166,15 @@ def start(
         _first_reference(references, shapes) if cfg_mode == "self_negative" else None,
         token_cache,
         transformer_kwargs or {},
+        scheduler,
     )
+
+
+def text_positions(transformer, shapes) -> int:
+    """How many tokens of text there are positions for, behind pictures of `shapes` (frames, rows, columns) in tokens."""
+    table = transformer.pos_embed
+    sides = [side for _, rows, columns in shapes for side in (rows, columns)]
+    return len(table.pos_freqs) - max(side // 2 if table.scale_rope else side for side in sides)
 
 
 @torch.no_grad()
@@ -173,7 +194,7 @@ def advance(pipe, pictures: list[Denoising]) -> None:
         for forward in (together, apart)
         for wanted, velocity in zip(forward, _predict(pipe, forward), strict=True)
     }
-    stochastic = pipe.scheduler.config.stochastic_sampling
+    stochastic = pipe.scheduler.config.get("stochastic_sampling", False)
     moved = [_step(p, predicted[id(p), "cond"], predicted.get((id(p), "uncond")), stochastic) for p in pictures]
     for p, (latents, clean) in zip(pictures, moved, strict=True):
         p.latents, p.negative_clean, p.step = latents, clean, p.step + 1
@@ -198,6 +219,9 @@ def denoise(
     loop. `on_step_end(i, latents, prompt_embeds)` may replace both.
     """
     picture = pipe.start(latents, references, prompt_embeds, mask, schedule, **options)
+    if picture.scheduler is not None:  # nothing else is under way: the pipeline's own object steps, as in stock
+        schedule.prepare(pipe.scheduler)
+        picture.scheduler = pipe.scheduler
     while not picture.finished:
         i = picture.step
         if pipe._interrupt:  # stock's way to stop: set by a callback
@@ -208,12 +232,18 @@ def denoise(
         pipe.advance([picture])
         if on_step_end is not None:
             picture.latents, picture.prompt_embeds = on_step_end(i, picture.latents, picture.prompt_embeds)
+            pipe.fast_path.look(pipe, "transformer")  # a callback may do anything to it
     pipe._current_timestep, pipe._interrupt = None, False
     return picture.latents
 
 
 def _step(p: Denoising, velocity: torch.Tensor, negative: torch.Tensor | None, stochastic: bool):
     """The latents after this step, from what was predicted, and the clean ones that later steps are guided away from."""
+    if p.scheduler is not None:
+        if negative is not None:
+            velocity = true_cfg(velocity, negative, p.cfg_scale).to(velocity.dtype)
+        latents = p.scheduler.step(velocity, p.schedule.timesteps[p.step], p.latents, return_dict=False)[0]
+        return latents.to(p.latents.dtype), None
     sigma, next_sigma = p.schedule.sigmas[p.step], p.schedule.sigmas[p.step + 1]
     clean = p.negative_clean
     if p.cfg_mode == "onetime_negative" and negative is not None:
@@ -247,11 +277,11 @@ def _predict(pipe, wanted: list[_Wanted]) -> list[torch.Tensor]:
     """The velocities (B, N, 4z), in order. On the fast path one forward, and one more for each token cache."""
     fused = pipe.fused_transformer
     if fused is None or any(any(w.picture.transformer_kwargs.values()) for w in wanted):
-        if fused is not None:
-            fused.modulations.onload()  # the fast path does not know these arguments
         return [_stock_velocity(pipe.transformer, w) for w in wanted]
     samples = [_samples(w) for w in wanted]
     caches = [w.picture.token_cache for w in wanted]
+    for cache in filter(None, caches):
+        cache.serve(fused)
     shared = [sample for rows, cache in zip(samples, caches, strict=True) if cache is None for sample in rows]
     predicted = iter(fused.velocities(shared) if shared else [])
     velocities = []

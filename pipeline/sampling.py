@@ -5,7 +5,11 @@ through the loop, for two reasons: it keeps a step index between calls, which tw
 its schedule of one step is [nan, 0] with the base model's settings (see `noise_levels`).
 """
 
+import copy
+import inspect
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +19,23 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from pipeline.images import EditError
 
+# Sigmas 1 -> [1, 0], 2 -> [1, .75, 0], 4 -> [1, .9, .75, .5, 0] at any size (github.com/ModelTC/Qwen-Image-Lightning).
+LIGHTNING_SCHEDULER = {
+    "base_image_seq_len": 256,
+    "base_shift": math.log(3),
+    "invert_sigmas": False,
+    "max_image_seq_len": 8192,
+    "max_shift": math.log(3),
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "shift_terminal": None,
+    "stochastic_sampling": False,
+    "time_shift_type": "exponential",
+    "use_beta_sigmas": False,
+    "use_dynamic_shifting": True,
+    "use_exponential_sigmas": False,
+    "use_karras_sigmas": False,
+}
 CFG_MODES = ("full", "none", "batched", "self_negative", "onetime_negative")
 
 
@@ -22,7 +43,8 @@ CFG_MODES = ("full", "none", "batched", "self_negative", "onetime_negative")
 class Schedule:
     """sigmas float32 (steps + 1,), from 1 down to 0; timesteps float32 (steps,); made for one output size in pixels.
 
-    `times` are the timesteps as the host knows them: asking the device would wait for it.
+    `times` are the timesteps as the host knows them: asking the device would wait for it. `settings` are there if the
+    scheduler steps by a rule of its own: what its `set_timesteps` gets, in every run. Its sigmas are then its own affair.
     """
 
     sigmas: torch.Tensor
@@ -30,6 +52,50 @@ class Schedule:
     width: int
     height: int
     times: tuple[float, ...]
+    settings: dict[str, Any] | None = None
+
+    def prepare(self, scheduler) -> None:
+        """Sets a scheduler that steps by a rule of its own to the beginning of a run."""
+        scheduler.set_timesteps(**self.settings)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+
+
+def schedule_of(
+    scheduler, steps: int, sigmas: tuple[float, ...] | None, width: int, height: int, tokens: int, device: torch.device
+) -> Schedule:
+    """The schedule of `steps` steps, or of `sigmas`, for an output of `tokens` tokens. Raises EditError.
+
+    Of FlowMatchEulerDiscreteScheduler by `noise_levels`. Any other, and any subclass, makes its own as stock lets it.
+    """
+    levels = np.linspace(1.0, 1 / steps, steps) if sigmas is None else np.array(sigmas)
+    if type(scheduler) is FlowMatchEulerDiscreteScheduler and not {"step", "set_timesteps"} & vars(scheduler).keys():
+        noise, timesteps = noise_levels(scheduler, levels, tokens)
+        return Schedule(noise.to(device), timesteps.to(device), width, height, tuple(timesteps.tolist()))
+    settings = {"device": device, "sigmas": levels, "mu": _mu(scheduler.config, tokens)}
+    taken = inspect.signature(scheduler.set_timesteps).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        if "sigmas" not in taken:  # as stock: it asks for its levels, whatever the scheduler
+            raise EditError(f"The scheduler is a {type(scheduler).__name__}, which takes no sigmas. Allowed: flow matching ones.")
+        settings = {name: value for name, value in settings.items() if name in taken}
+    own = copy.deepcopy(scheduler)
+    try:
+        own.set_timesteps(**settings)
+    except (TypeError, ValueError) as error:
+        raise EditError(f"The scheduler, a {type(scheduler).__name__}, cannot make this schedule: {error}") from error
+    timesteps = own.timesteps.float().cpu()
+    noise = torch.as_tensor(own.sigmas, dtype=torch.float32)
+    return Schedule(noise.to(device), own.timesteps.to(device), width, height, tuple(timesteps.tolist()), settings)
+
+
+def _mu(config, tokens: int) -> float:
+    return calculate_shift(
+        tokens,
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+    )
 
 
 def noise_levels(scheduler, levels: np.ndarray, image_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,19 +106,10 @@ def noise_levels(scheduler, levels: np.ndarray, image_tokens: int) -> tuple[torc
     and the picture is black: this, not the model, is why one step was called numerically unstable. A level of 1 is
     pure noise and has nowhere to be stretched to; it stays.
     """
-    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        raise EditError(f"The scheduler is a {type(scheduler).__name__}. Allowed: FlowMatchEulerDiscreteScheduler.")
     config = scheduler.config
     sigmas = levels.astype(np.float32)
     if config.use_dynamic_shifting:
-        mu = calculate_shift(
-            image_tokens,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-        sigmas = scheduler.time_shift(mu, 1.0, sigmas)
+        sigmas = scheduler.time_shift(_mu(config, image_tokens), 1.0, sigmas)
     else:
         sigmas = scheduler.shift * sigmas / (1 + (scheduler.shift - 1) * sigmas)
     if config.shift_terminal and sigmas[-1] < 1.0:
@@ -70,6 +127,17 @@ def noise_levels(scheduler, levels: np.ndarray, image_tokens: int) -> tuple[torc
         raise EditError(f"The scheduler's settings give the sigmas {sigmas.tolist()}. They must be finite numbers.")
     end = torch.full((1,), 1.0 if config.invert_sigmas else 0.0)
     return torch.cat([sigmas, end]), sigmas * config.num_train_timesteps
+
+
+def lightning_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler that Lightning LoRAs were distilled on."""
+    return FlowMatchEulerDiscreteScheduler.from_config(LIGHTNING_SCHEDULER)
+
+
+def is_lightning(scheduler) -> bool:
+    """Whether `scheduler` gives Lightning's noise levels, whoever put it there."""
+    decisive = ("use_dynamic_shifting", "base_shift", "max_shift", "shift_terminal", "time_shift_type")
+    return all(scheduler.config.get(name) == LIGHTNING_SCHEDULER[name] for name in decisive)
 
 
 def euler_step(

@@ -12,7 +12,8 @@ import functools
 import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from pipeline.images import EditError, named, resample
+from pipeline.images import EditError, resample
+from pipeline.picture_files import named
 
 Grid = tuple[int, int]  # (rows, columns)
 
@@ -50,6 +51,13 @@ def prompts(prompt, may_be_empty: bool) -> list[str]:
     if not may_be_empty and not all(p.strip() for p in texts):
         raise EditError("The prompt is empty. Say what to change in the picture.")
     return list(texts)
+
+
+def check_length(length: int, pictures: int, most: int) -> None:
+    """EditError if a prompt of `length` tokens, `pictures` of them the pictures' own, is longer than the model's `most`."""
+    if length > most:
+        seen = f", {pictures} of them for the pictures" if pictures else ""
+        raise EditError(f"The prompt is too long: it has {length} tokens{seen}. Allowed: {most}.")
 
 
 def layout(

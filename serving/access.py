@@ -7,7 +7,8 @@ socket and a post, name this host, or a site that the operator let in? Does it b
 `launch(auth=...)` guards only Gradio's own routes, and its CORS settings do not cover sockets.
 
 `Endpoint` is that frame for HTTP: whatever a handler raises, the caller reads JSON, {"error": what came and what is
-allowed, "kind": one word for programs}. Only the kinds of `FAILURES` are 500: the request was good, the model failed.
+allowed, "kind": one word for programs, "detail": as error}. Only the kinds of `FAILURES` are 500: the request was good,
+the model failed.
 """
 
 import base64
@@ -16,6 +17,7 @@ import collections
 import json
 import logging
 import math
+import re
 import reprlib
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
@@ -26,17 +28,21 @@ import numpy as np
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 
-from pipeline.images import MAX_PIXELS, EditError, open_image
+from pipeline.images import EditError
+from serving.connections import address_of
+from serving.guesses import Guesses
+from serving.json_bounds import check_json
 
 log = logging.getLogger(__name__)
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+LOOPBACK_ORIGIN = re.compile(rf"https?://({'|'.join(map(re.escape, LOOPBACK_NAMES))})(:\d{{1,5}})?")
 EXPOSED_HEADERS = "Retry-After, Server-Timing, X-Age-Ms, X-Seed"
 
 # The kinds of refusal, by status where one status has one kind.
 KINDS = {
     400: "bad_input", 401: "login", 403: "forbidden", 404: "no_such_path", 405: "method", 406: "not_acceptable",
-    408: "too_slow", 413: "too_large", 415: "content_type", 503: "busy",
+    408: "too_slow", 413: "too_large", 415: "content_type", 429: "too_many_tries", 503: "busy",
 }  # fmt: skip
 
 FAILURES = ("out_of_memory", "not_finite", "failed")  # the kinds of the engine's own failures
@@ -58,7 +64,12 @@ class Refusal(Exception):
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
         if self.status == 401:
             headers["WWW-Authenticate"] = 'Basic realm="image editor"'
-        return JSONResponse({"error": str(self), "kind": self.kind}, self.status, headers)
+        return JSONResponse(refusal_body(str(self), self.kind), self.status, headers)
+
+
+def refusal_body(text: str, kind: str) -> dict[str, str]:
+    """What every answer but a good one says. `detail` repeats the text under the name that FastAPI's clients read."""
+    return {"error": text, "kind": kind, "detail": text}
 
 
 class Guard:
@@ -67,7 +78,8 @@ class Guard:
     `auth` = (user, password): the login of the page (its cookie), or HTTP Basic. `api_key`: the header
     `Authorization: Bearer KEY` or `X-API-Key: KEY`, or Basic with the key as the password, which is what a browser
     can ask a person for. `origins`: other sites whose pages may come too, as "https://name", or "*"; they bring the
-    key in a header. `hosts`: names under which the server may be addressed, None for any.
+    key in a header. `hosts`: names under which the server may be addressed, None for any. `local_pages`: whether pages
+    that this machine itself serves, at any port, may come as listed ones may; no site elsewhere has such an origin.
     """
 
     def __init__(
@@ -77,11 +89,19 @@ class Guard:
         *,
         origins: Iterable[str] = (),
         hosts: Iterable[str] | None = None,
+        local_pages: bool = False,
     ):
         self._auth = None if auth is None else tuple(part.encode() for part in auth)
         self._key = None if api_key is None else api_key.encode()
         self._origins = frozenset(origin.lower().rstrip("/") for origin in origins)
         self._hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
+        self._local_pages = local_pages
+        self._guesses = Guesses()
+
+    def let_in(self, host: str) -> None:
+        """One more name under which the server may be addressed; a port after it is ignored."""
+        if self._hosts is not None:
+            self._hosts |= {_host_name(host)}
 
     @property
     def locked(self) -> bool:
@@ -91,24 +111,61 @@ class Guard:
         """Whether a person may log in on the page: with the login, or with any name and the key as the password."""
         return self._is_login(user.encode(errors="replace"), password.encode(errors="replace"))
 
+    def try_login(self, address: str) -> "Try":
+        """A login that this address tries; counted as wrong until it is taken back. Raises a Refusal, 429."""
+        self._check_tries(address)
+        return Try(self._guesses, address)
+
     def check(self, connection: HTTPConnection) -> None:
-        """Raises a Refusal, 403 or 401, unless the request may go on."""
-        if self._hosts is not None and _host_name(connection.headers.get("host", "")) not in self._hosts:
-            host = connection.headers.get("host", "")
+        """Raises a Refusal, 403, 401 or 429, unless the request may go on."""
+        self.check_host(connection)
+        self.check_origin(connection)
+        self.check_login(connection)
+
+    def check_host(self, connection: HTTPConnection) -> None:
+        """Raises a Refusal, 403, when the request is addressed to a name that is not this server's."""
+        for host in asked_hosts(connection):
+            if self._hosts is not None and _host_name(host) not in self._hosts:
+                known = ", ".join(sorted(self._hosts))
+                raise Refusal(
+                    403,
+                    f"This server is not known as {reprlib.repr(host)}. It answers to: {known}. --allow-host adds a name.",
+                )
+
+    def check_origin(self, connection: HTTPConnection) -> None:
+        """Raises a Refusal, 403, when a page of a site that was not let in asks."""
+        if not same_origin(connection) and self._listed_origin(connection) is None:
+            origin, hosts = reprlib.repr(connection.headers.get("origin")), " and ".join(asked_hosts(connection))
             raise Refusal(
                 403,
-                f"This server is not known as {reprlib.repr(host)}. It answers to: {', '.join(sorted(self._hosts))}.",
+                f"Requests from {origin} are not allowed here: this is {hosts}. --cors lets another site in; "
+                "a proxy must pass on the name and the port that the browser asked for.",
             )
-        if not same_origin(connection) and self._listed_origin(connection) is None:
-            raise Refusal(403, f"Requests from {reprlib.repr(connection.headers.get('origin'))} are not allowed here.")
-        if self.locked and not self._has_credentials(connection):
-            raise Refusal(401, 'Log in first, or send the key as "Authorization: Bearer KEY" or "X-API-Key: KEY".')
+
+    def check_login(self, connection: HTTPConnection) -> None:
+        """Raises a Refusal where there is a lock: 401 without the login or the key, 429 after too many wrong ones."""
+        if not self.locked:
+            return
+        # What a browser sends by itself, for whichever page asks, counts only when our own page asks.
+        own_page = same_origin(connection)
+        if own_page and _has_login_cookie(connection):
+            return
+        address = address_of(connection.scope.get("client"))
+        guessed = "authorization" in connection.headers or "x-api-key" in connection.headers
+        if guessed:
+            self._check_tries(address)
+        if self._has_credentials(connection, own_page):
+            self._guesses.right(address)
+            return
+        if guessed:
+            self._guesses.wrong(address)
+        raise Refusal(401, 'Log in first, or send the key as "Authorization: Bearer KEY" or "X-API-Key: KEY".')
 
     def cors_headers(self, connection: HTTPConnection) -> dict[str, str]:
         """What lets a page of a listed origin read the answer; nothing for everybody else."""
         origin = self._listed_origin(connection)
         if origin is None:
-            return {"Vary": "Origin"} if self._origins else {}
+            return {"Vary": "Origin"} if self._origins or self._local_pages else {}
         # Never Access-Control-Allow-Credentials: a foreign page brings a key of its own, not a person's cookie.
         return {
             "Access-Control-Allow-Origin": origin,
@@ -116,27 +173,33 @@ class Guard:
             "Vary": "Origin",
         }
 
+    def allows_origin(self, origin: str) -> bool:
+        """Whether pages of this other site may come: it is listed, or it is of this machine where that is enough."""
+        local = self._local_pages and LOOPBACK_ORIGIN.fullmatch(origin.lower()) is not None
+        return local or bool(self._origins & {origin.lower(), "*"})
+
     def _listed_origin(self, connection: HTTPConnection) -> str | None:
         origin = connection.headers.get("origin")
-        return origin if origin is not None and self._origins & {origin.lower(), "*"} else None
+        return origin if origin is not None and self.allows_origin(origin) else None
 
-    def _has_credentials(self, connection: HTTPConnection) -> bool:
+    def _check_tries(self, address: str) -> None:
+        if wait_s := self._guesses.wait_s(address):
+            raise Refusal(429, f"Too many wrong logins. Try again in {wait_s} s.", retry_after_s=wait_s)
+
+    def _has_credentials(self, connection: HTTPConnection, own_page: bool) -> bool:
         scheme, _, value = connection.headers.get("authorization", "").partition(" ")
         value = value.strip()
         if scheme.lower() == "bearer" and self._is_key(value.encode("latin-1")):
             return True
         if self._is_key(connection.headers.get("x-api-key", "").encode("latin-1")):
             return True
-        # What a browser sends by itself, for whichever page asks, counts only when our own page asks.
-        if not same_origin(connection):
-            return False
-        if scheme.lower() == "basic":
+        if scheme.lower() == "basic" and own_page:
             try:
                 user, _, password = base64.b64decode(value, validate=True).partition(b":")
             except (binascii.Error, ValueError):
                 return False
             return self._is_login(user, password)
-        return _has_login_cookie(connection)
+        return False
 
     def _is_key(self, value: bytes) -> bool:
         return self._key is not None and secrets.compare_digest(value, self._key)
@@ -146,6 +209,26 @@ class Guard:
         if self._auth is not None:  # both are compared, in constant time: neither can be guessed letter by letter
             known = secrets.compare_digest(user, self._auth[0]) & secrets.compare_digest(password, self._auth[1])
         return known | self._is_key(password)
+
+
+class Try:
+    """A login whose outcome is not known yet."""
+
+    def __init__(self, guesses: Guesses, address: str):
+        self._guesses, self._address = guesses, address
+        guesses.wrong(address)
+
+    def take_back(self) -> None:
+        self._guesses.right(self._address)
+
+
+def crosses_sites(connection: HTTPConnection) -> bool:
+    """Whether a browser says that a page of another site made it ask: for what a mere link could otherwise do."""
+    site = connection.headers.get("sec-fetch-site")
+    if site is not None:
+        return site not in ("same-origin", "none")
+    referer = connection.headers.get("referer")
+    return referer is not None and not names_this_host(connection, referer)
 
 
 def _has_login_cookie(connection: HTTPConnection) -> bool:
@@ -162,22 +245,30 @@ def _host_name(host: str) -> str:
     return name if colon and port.isdigit() else host.strip().lower()
 
 
+def asked_hosts(connection: HTTPConnection) -> list[str]:
+    """Under which names this server was asked for: the Host header and, behind a trusted proxy (see `proxy`),
+    X-Forwarded-Host. A page that has made its own name point here can set the second one, so both must be good.
+    """
+    forwarded = connection.headers.get("x-forwarded-host")
+    return [connection.headers.get("host", ""), *([forwarded] if forwarded else [])]
+
+
 def same_origin(connection: HTTPConnection) -> bool:
     """Whether the Origin header, which every browser sends with a socket and a post, names this host.
 
-    No Origin means no browser, so no foreign page either. Behind a proxy the public name is in X-Forwarded-Host, a
-    header that a foreign page cannot set.
+    No Origin means no browser, so no foreign page either. A foreign page cannot set X-Forwarded-Host.
     """
     origin = connection.headers.get("origin")
-    if origin is None:
-        return True
+    return origin is None or names_this_host(connection, origin)
+
+
+def names_this_host(connection: HTTPConnection, address: str) -> bool:
     try:
-        parts = urlsplit(origin)
+        parts = urlsplit(address)
     except ValueError:
         return False
     default_port = {"http": ":80", "https": ":443"}.get(parts.scheme, "")
-    hosts = (connection.headers.get("host"), connection.headers.get("x-forwarded-host"))
-    ours = {host.strip().lower().removesuffix(default_port) for host in hosts if host}
+    ours = {host.strip().lower().removesuffix(default_port) for host in asked_hosts(connection)}
     return bool(parts.netloc) and parts.netloc.lower().removesuffix(default_port) in ours
 
 
@@ -229,6 +320,8 @@ class Endpoint:
                 "Access-Control-Allow-Headers": "Authorization, Content-Type, X-API-Key",
                 "Access-Control-Max-Age": "600",
             }
+            if "access-control-request-private-network" in request.headers:  # a public page that asks for a private host
+                headers["Access-Control-Allow-Private-Network"] = "true"
             return Response(status_code=204, headers=headers)
         self._guard.check(request)
         if request.method not in self._handlers:
@@ -256,6 +349,8 @@ def plain(value):
 def read_json(text: bytes | str) -> dict:
     """A JSON object; EditError on anything else, NaN and infinite numbers among it."""
 
+    check_json(text.encode(errors="surrogatepass") if isinstance(text, str) else text)
+
     def refuse(name: str):
         raise EditError(f"{name} is not a number that JSON knows.")
 
@@ -273,16 +368,3 @@ def read_json(text: bytes | str) -> dict:
     if not isinstance(value, dict):
         raise EditError(f"A JSON object was expected, not {type(value).__name__}.")
     return value
-
-
-def open_sent(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A picture file from outside as uint8 (H, W, 3). Raises EditError, whatever the file makes its reader raise:
-    the decoders are foreign code with exceptions of their own, and a damaged file is the sender's affair.
-    """
-    try:
-        return open_image(data, max_pixels)
-    except EditError:
-        raise
-    except Exception as error:
-        log.info("a picture of %d bytes made its reader fail: %s: %s", len(data), type(error).__name__, error)
-        raise EditError("The picture cannot be read: its file is damaged. Save it again and resend.") from None

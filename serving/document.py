@@ -15,20 +15,24 @@ from PIL import Image
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from qwen_realtime import CHOICES, LIMITS, MAX_PROMPT_CHARS, SIZE_MULTIPLE, EditParams
+from qwen_realtime import CHOICES, LIMITS, MAX_PROMPT_CHARS, EditParams
 from serving.access import FAILURES, KINDS
+from serving.decoding import LIMITS as PICTURE_LIMITS
 from serving.edit import FORMATS, MAX_BODY_BYTES
+from serving.proxy import public_address
 
 MEANINGS = {  # of the EditParams
     "prompt": "What to change, in words.",
     "negative_prompt": "What not to do; read when cfg_scale is above 1.",
     "steps": "Denoising steps: more is better and slower.",
-    "width": "Of the result, in pixels. With neither width nor height it has the first picture's shape.",
+    "width": "Of the result, in pixels. With one of width and height, or neither, it has the first picture's shape.",
     "height": "Of the result, in pixels.",
     "seed": "The same seed, picture and settings give the same result.",
     "cfg_scale": "True CFG; 1 is off, above it every step costs twice.",
-    "fit": "How a picture of another shape meets the size: cut to fill, or shown whole on black. Never stretched.",
-    "mode": "blend: the two pictures are mixed by blend_ratio, then edited; references: both go to the model.",
+    "fit": "How a picture of another shape meets a width and height that are both given: cut to fill, or shown whole on "
+    "black; the notes say so. Never stretched.",
+    "mode": "blend: the two pictures are mixed by blend_ratio, then edited; references: all two or three go to the model, "
+    "each whole and in its own shape.",
     "blend_ratio": "0 is the first picture alone, 1 the second alone. Given with ref_image it means mode blend.",
     "reference_area": "The size at which the model sees the pictures: the result's, or the megapixel of the stock pipeline.",
     "skip_similar": "Live views: a frame like the last computed one repeats its result; by which measure.",
@@ -53,12 +57,12 @@ MEANINGS = {  # of the EditParams
     "transition_frames": "Live views: a new prompt fades in over so many frames.",
     "transition": "How it fades: straight between the two embeddings, or along the arc.",
 }
-MULTIPLES = {"width": SIZE_MULTIPLE, "height": SIZE_MULTIPLE}
 PICTURE = {
     "type": "string",
     "format": "byte",
     "contentEncoding": "base64",
-    "description": "A picture file (JPEG, PNG, WebP, GIF, BMP, TIFF, ...) in base64; data:...;base64, in front is fine.",
+    "description": "A picture file (JPEG, PNG, WebP, GIF, BMP, TIFF, ...) in base64; data:...;base64, in front is fine. "
+    + PICTURE_LIMITS.sentence(),
 }
 ANSWERS = {
     400: "Bad input. The text says what came and what is allowed.",
@@ -73,7 +77,7 @@ ANSWERS = {
     503: "All places are taken, or the model is loading, or it could not be loaded. Retry-After says when to try again.",
 }
 COMMON = (401, 403, 405)
-MODES = {"one": ["edit"], "two": ["blend", "references"]}
+MODES = {"one": ["edit"], "two": ["blend", "references"], "three": ["references"]}
 
 
 @functools.cache
@@ -93,8 +97,6 @@ def setting_schema(field: dataclasses.Field) -> dict:
         low, high = LIMITS[name]
         kind = "number" if isinstance(field.default, float) else "integer"
         schema = {"type": [kind, "null"] if field.default is None else kind, "minimum": low, "maximum": high}
-        if name in MULTIPLES:
-            schema["multipleOf"] = MULTIPLES[name]
     elif isinstance(field.default, bool):
         schema = {"type": "boolean"}
     else:
@@ -107,21 +109,27 @@ def setting_schema(field: dataclasses.Field) -> dict:
 
 
 def edit_schema(pictures: str) -> dict:
-    """The body of POST /edit with "one" picture or "two"."""
+    """The body of POST /edit with "one" picture, "two" or "three"."""
     settings = {field.name: setting_schema(field) for field in dataclasses.fields(EditParams)}
     settings["mode"] = settings["mode"] | {"enum": MODES[pictures]}
     properties = {"image": PICTURE, **settings}
     properties["format"] = {"type": "string", "enum": list(FORMATS), "default": "png",
                             "description": "Of the picture in a JSON answer; for bytes the Accept header says it."}  # fmt: skip
+    properties["use_cfg"] = {"type": "boolean", "description": "Short for cfg_scale: true is 4, as in the stock pipeline; "
+                             "false is 1, off. Not together with cfg_scale."}  # fmt: skip
     required = ["image", "prompt"]
-    if pictures == "one":
-        properties["ref_image"] = {"type": "null", "description": "No second picture."}
-    else:
-        settings["mode"].pop("default")  # it depends on blend_ratio
+    if pictures != "one":
+        settings["mode"].pop("default")  # it depends on the pictures and blend_ratio
         properties["mode"] = settings["mode"]
-        properties["ref_image"] = PICTURE | {"description": "The second picture, in base64."}
-        required.append("ref_image")
-    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    for name, ordinal, has in (
+        ("ref_image", "second", pictures != "one"),
+        ("ref_image_2", "third", pictures == "three"),
+    ):
+        absent = {"type": "null", "description": f"No {ordinal} picture."}
+        properties[name] = PICTURE | {"description": f"The {ordinal} picture, in base64."} if has else absent
+        required += [name] if has else []
+    body = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    return body | {"not": {"required": ["use_cfg", "cfg_scale"]}}
 
 
 def _answers(*statuses: int) -> dict:
@@ -143,10 +151,12 @@ def _get(summary: str, media_type: str, schema: dict, operation: str) -> dict:
 def _edit_operation() -> dict:
     body = {"image": example_picture(), "prompt": "make it black and white", "width": 64, "height": 64}
     two = body | {"ref_image": example_picture()}
+    three = two | {"ref_image_2": example_picture()}
     bytes_headers = {
         "Server-Timing": ("Milliseconds of each stage: denoise;dur=12.3, ...", "string"),
         "X-Age-Ms": ("Milliseconds from the queue to done.", "number"),
         "X-Seed": ("The seed.", "integer"),
+        "X-Notes": ("What to know of this edit, if anything: that the picture was cut, for example.", "string"),
     }
     ok = {
         "description": "The picture: in JSON, or its bytes if the Accept header prefers image/png or image/jpeg.",
@@ -157,15 +167,16 @@ def _edit_operation() -> dict:
         },
     }
     content = {
-        "schema": {"anyOf": [{"$ref": "#/components/schemas/EditOne"}, {"$ref": "#/components/schemas/EditTwo"}]},
+        "schema": {"anyOf": [{"$ref": f"#/components/schemas/Edit{n}"} for n in ("One", "Two", "Three")]},
         "examples": {
             "one": {"summary": "One picture", "value": body},
             "references": {"summary": "Two pictures, both for the model", "value": two},
+            "three": {"summary": "Three pictures, all for the model", "value": three},
             "blend": {"summary": "Two pictures mixed, then edited", "value": two | {"blend_ratio": 0.3}},
         },
     }
     return {
-        "summary": "Edit a picture, or two, by instruction.",
+        "summary": "Edit a picture, or up to three together, by instruction.",
         "description": (
             "Waits in a queue that is fair by address. Hang up and the edit stops within one step. "
             "Pictures come in the request: nothing is fetched from an address and no path is opened."
@@ -187,6 +198,8 @@ def _schemas() -> dict:
         "seed": whole,
         "stages_ms": {"type": "object", "additionalProperties": number},
         "age_ms": number | {"description": "From the engine's mailbox to done."},
+        "notes": {"type": "array", "items": {"type": "string"}, "description": "What to know of this edit."},
+        "elapsed": number | {"description": "Seconds, from the request's headers to the answer."},
     }
     ready = {
         "state": {"enum": ["loading", "warming", "ready", "failed"]},
@@ -208,13 +221,18 @@ def _schemas() -> dict:
     return {
         "EditOne": edit_schema("one"),
         "EditTwo": edit_schema("two"),
+        "EditThree": edit_schema("three"),
         "Answer": {"type": "object", "properties": answer, "required": list(answer)},
         "Ready": {"type": "object", "properties": ready, "required": list(ready)},
         "Health": {"type": "object", "properties": health, "required": list(health)[:8]},
         "Refusal": {
             "type": "object",
-            "properties": {"error": {"type": "string"}, "kind": {"type": "string", "enum": kinds}},
-            "required": ["error", "kind"],
+            "properties": {
+                "error": {"type": "string"},
+                "kind": {"type": "string", "enum": kinds},
+                "detail": {"type": "string", "description": "The same text as error."},
+            },
+            "required": ["error", "kind", "detail"],
         },
     }
 
@@ -301,7 +319,7 @@ def docs_page(document: dict, address: str, *, locked: bool = False) -> str:
     """The document as a page; `address` is where the examples send their requests."""
     schemas = document["components"]["schemas"]
     edit = document["paths"]["/edit"]["post"]
-    fields = schemas["EditTwo"]["properties"] | {"mode": schemas["EditOne"]["properties"]["mode"]}
+    fields = schemas["EditThree"]["properties"] | {"mode": schemas["EditOne"]["properties"]["mode"]}
     fields["mode"] = fields["mode"] | {"enum": list(CHOICES["mode"])}
     rows = [(name, _allowed(name, field), field.get("description", "")) for name, field in fields.items()]
     answers = [(status, "", answer["description"]) for status, answer in edit["responses"].items()]
@@ -321,7 +339,7 @@ def docs_page(document: dict, address: str, *, locked: bool = False) -> str:
 <pre><code>{_text(python)}</code></pre>
 <h3>Request</h3>{_table(("field", "allowed", "meaning"), rows)}
 <h3>Answers</h3>{_table(("status", "", "meaning"), answers)}
-<p>Every answer but 200 is <code>{{"error": what came and what is allowed, "kind": one word for programs}}</code>.</p>
+<p>Every answer but 200 is <code>{{"error": what came and what is allowed, "kind": one word for programs, "detail": as error}}</code>.</p>
 <h2>Others</h2>{_table(("GET", "", "meaning"), others)}
 <h2>The live socket <code>/live</code></h2>
 <pre><code>{_text(SOCKET)}</code></pre>
@@ -337,8 +355,7 @@ def _allowed(name: str, field: dict) -> str:
     if "enum" in field:
         said = ", ".join(field["enum"])
     elif "minimum" in field:
-        of = f", a multiple of {field['multipleOf']}" if "multipleOf" in field else ""
-        said = f"{field['minimum']:g} to {field['maximum']:.10g}{of}"
+        said = f"{field['minimum']:g} to {field['maximum']:.10g}"
     elif "maxLength" not in field:
         said = "base64" if "contentEncoding" in field else "true, false"
     else:
@@ -370,10 +387,6 @@ class DocumentDesk:
         return JSONResponse(self._document)
 
     async def docs(self, request: Request) -> Response:
-        try:
-            address = str(request.base_url).rstrip("/")
-        except ValueError:  # a Host header that is no host
-            address = ""
-        page = docs_page(self._document, address, locked=self._locked)
+        page = docs_page(self._document, public_address(request), locked=self._locked)
         policy = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})

@@ -1,4 +1,4 @@
-"""POST /edit: one picture or two in base64 and what to change, answered with the picture.
+"""POST /edit: one to three pictures in base64 and what to change, answered with the picture.
 
 What a request may cost is bounded before it costs it. Its place in the `EditQueue` is taken before its body is read,
 the bytes that all requests hold together are counted, the settings are checked before a picture is opened, and a
@@ -15,9 +15,11 @@ stops within one step.
 import asyncio
 import base64
 import binascii
+import functools
 import itertools
 import math
 import reprlib
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,17 +27,22 @@ import numpy as np
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from pipeline.images import EditError, encode_jpeg, encode_png, fit
-from qwen_realtime import LIMITS, SIZE_MULTIPLE, EditParams
-from serving.access import Refusal, open_sent, plain, read_json
-from serving.holder import EngineHolder
+from engine.fitting import LONGEST, Fitted, at_output_size
+from pipeline.images import EditError, encode_jpeg, encode_png, open_image
+from qwen_realtime import EditParams
+from serving.access import Refusal, plain, read_json
+from serving.connections import address_of
+from serving.decoding import Busy, Sender
+from serving.holder import EngineHolder, why_not
+from serving.json_bounds import check_values, count_values
 
-MAX_BODY_BYTES = 64 * 2**20  # two photographs in base64
+MAX_BODY_BYTES = 64 * 2**20  # photographs in base64
 MAX_HELD_BYTES = 512 * 2**20  # bodies and opened pictures of all requests together
 BODY_TIMEOUT_S = 60.0
 EDIT_TIMEOUT_S = 600.0  # no edit takes so long: only an engine that hangs
 MAX_RETRY_AFTER_S = 60
 FORMATS = {"png": "image/png", "jpeg": "image/jpeg"}
+STOCK_CFG_SCALE = 4.0  # `true_cfg_scale` of diffusers' QwenImageEditPlusPipeline, which `use_cfg` turns on
 OFFERS = ("application/json", *FORMATS.values())
 
 
@@ -176,25 +183,19 @@ def read_base64(value, name: str) -> bytes:
         raise EditError(f'"{name}" is not base64: {error}.') from None
 
 
-def output_size(width: int, height: int, side: int) -> tuple[int, int]:
-    """(width, height) of a result with the picture's own shape and the area of a square of `side` pixels.
-
-    Both are multiples of 16, as the model needs; of the nearest pairs, the one whose shape differs least, so that
-    cropping to it takes no more than a few pixels.
-    """
-    aspect = width / height
-    ideal = (side * aspect**0.5, side / aspect**0.5)
-    low, high = (int(limit) for limit in LIMITS["width"])
-    options = [
-        {min(max(int(round_(x / SIZE_MULTIPLE)) * SIZE_MULTIPLE, low), high) for round_ in (math.floor, math.ceil)}
-        for x in ideal
-    ]
-    pairs = [(w, h) for w in sorted(options[0]) for h in sorted(options[1])]
-    return min(pairs, key=lambda p: (round(abs(math.log(p[0] / p[1] / aspect)), 6), abs(p[0] * p[1] - side * side)))
+REFERENCES = ("ref_image", "ref_image_2")  # the second and the third picture
 
 
-def parse_edit(body: bytes, side: int):
-    """(images, params, format) of a POST /edit body. Without a size the result keeps the first picture's shape.
+def parse_edit(
+    body: bytes, side: int, max_pixels: int = LONGEST**2, decode: Callable[[bytes], np.ndarray] = open_image
+) -> tuple[Fitted, EditParams, str]:
+    """(pictures, params, format) of a POST /edit body: `read_edit` and `open_edit`."""
+    pictures, params, data_format = read_edit(body)
+    return open_edit(pictures, params, side, max_pixels, decode), params, data_format
+
+
+def read_edit(body: bytes) -> tuple[list[bytes], EditParams, str]:
+    """(picture files, params, format) of a POST /edit body; no picture is opened.
 
     With a second picture, and no mode said, a blend ratio means "blend" and none means "references".
     """
@@ -205,31 +206,43 @@ def parse_edit(body: bytes, side: int):
     if "image" not in fields:
         raise EditError('"image" is missing: a picture in base64.')
     pictures = [read_base64(fields.pop("image"), "image")]
-    if fields.get("ref_image") is not None:
-        pictures.append(read_base64(fields["ref_image"], "ref_image"))
-        fields.setdefault("mode", "blend" if "blend_ratio" in fields else "references")
-    fields.pop("ref_image", None)
+    came = {name: value for name in REFERENCES if (value := fields.pop(name, None)) is not None}
+    if came and "ref_image" not in came:
+        raise EditError('"ref_image_2" came without "ref_image". Allowed: both, or the second picture in "ref_image".')
+    pictures += [read_base64(value, name) for name, value in came.items()]
+    if came:
+        fields.setdefault("mode", "blend" if "blend_ratio" in fields and len(came) == 1 else "references")
+    _read_use_cfg(fields)
     if "prompt" not in fields:
         raise EditError('"prompt" is missing: what to change.')
     params = EditParams.from_dict(fields)  # what is wrong with the settings is said before the pictures cost anything
     if len(pictures) == 1 and params.mode != "edit":
         raise EditError(f'The mode "{params.mode}" needs a second picture in "ref_image".')
-    if len(pictures) == 2 and params.mode == "edit":
-        raise EditError('Two pictures came in mode "edit". Allowed: one, or the mode "blend" or "references".')
-    images = [open_sent(picture) for picture in pictures]
-    if params.width is None and params.height is None:
-        width, height = output_size(images[0].shape[1], images[0].shape[0], side)
-        params = params.replace(width=width, height=height)
-    return fitted(images, params), params, data_format
+    if len(pictures) > 1 and params.mode == "edit":
+        count = {2: "Two", 3: "Three"}[len(pictures)]
+        raise EditError(f'{count} pictures came in mode "edit". Allowed: one, or the mode "blend" or "references".')
+    if len(pictures) > 2 and params.mode == "blend":
+        raise EditError('Three pictures came in mode "blend". Allowed: two, or the mode "references".')
+    return pictures, params, data_format
 
 
-def fitted(images: list[np.ndarray], params: EditParams) -> list[np.ndarray]:
-    """The pictures at the output's size where the engine would make them so: a photograph of 60 megapixels then
-    neither waits in memory for its turn nor costs the inference thread the resizing.
-    """
-    if params.reference_area != "output" or params.width is None or params.height is None:
-        return images
-    return [fit(image, params.width, params.height, params.fit) for image in images]
+def open_edit(
+    pictures: list[bytes], params: EditParams, side: int, max_pixels: int, decode: Callable[[bytes], np.ndarray]
+) -> Fitted:
+    """The pictures at the output's size. Without a size the result keeps the first picture's shape."""
+    return at_output_size([decode(picture) for picture in pictures], params, side, max_pixels)
+
+
+def _read_use_cfg(fields: dict) -> None:
+    """Replaces `use_cfg` by the `cfg_scale` that it stands for: true is the scale of the stock pipeline, false is off."""
+    if "use_cfg" not in fields:
+        return
+    on = fields.pop("use_cfg")
+    if not isinstance(on, bool):
+        raise EditError(f"use_cfg is {reprlib.repr(on)}. Allowed: true, false.")
+    if "cfg_scale" in fields:
+        raise EditError("Both use_cfg and cfg_scale came, and they set the same. Allowed: one of them.")
+    fields["cfg_scale"] = STOCK_CFG_SCALE if on else 1.0
 
 
 def check_headers(request: Request) -> None:
@@ -250,7 +263,7 @@ def _too_large() -> Refusal:
 
 
 async def read_body(request: Request, ticket: Ticket) -> bytes:
-    body = bytearray()
+    body, values = bytearray(), 0
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             async for chunk in request.stream():  # the length header may be absent: count what really comes
@@ -258,6 +271,8 @@ async def read_body(request: Request, ticket: Ticket) -> bytes:
                 if len(body) > MAX_BODY_BYTES:
                     raise _too_large()
                 ticket.hold(len(body))
+                values += count_values(chunk)
+                check_values(values)  # here, not at the end: what costs too much is known from its beginning
     except TimeoutError:
         text = f"Of the request {len(body):,} bytes came in {BODY_TIMEOUT_S:g} s. Send it faster."
         raise Refusal(408, text) from None
@@ -272,32 +287,47 @@ class EditDesk:
 
     def __init__(self, holder: EngineHolder, pool: ThreadPoolExecutor, *, waiting: int):
         self._holder, self._pool = holder, pool
-        self._opening = asyncio.Semaphore(2)  # large uploads opened at one time: each may take hundreds of MB
+        self._opening = asyncio.Semaphore(2)  # large bodies read at one time: each may take hundreds of MB
         self.queue = EditQueue(self._running_places, waiting, self._frame_s)
 
     async def edit(self, request: Request) -> Response:
+        began = time.monotonic()
         media_type = negotiate(request.headers.get("accept"))
         engine = ready_engine(self._holder)
         check_headers(request)
         loop = asyncio.get_running_loop()
-        with self.queue.enter(request.client.host if request.client else "") as ticket:
+        client = address_of(request.scope.get("client"))
+        with self.queue.enter(client) as ticket:
             body = await read_body(request, ticket)
             async with self._opening:
-                images, params, data_format = await loop.run_in_executor(
-                    self._pool, parse_edit, body, engine.default_size
-                )
+                files, params, data_format = await loop.run_in_executor(self._pool, read_edit, body)
             del body
-            ticket.hold(sum(image.nbytes for image in images))
-            result = await unless_gone(request, self._run(ticket, engine, images, params))
+            ticket.hold(sum(map(len, files)))
+            pictures = await self._opened(request, client, files, params, engine)
+            del files
+            ticket.hold(sum(image.nbytes for image in pictures.images))
+            result = await unless_gone(request, self._run(ticket, engine, pictures, params))
             if result.error is not None:
                 raise result.error
             if media_type != "application/json":
                 data_format = next(name for name, kind in FORMATS.items() if kind == media_type)
             encode = encode_png if data_format == "png" else encode_jpeg
             data = await loop.run_in_executor(self._pool, encode, result.image)
-        return _answer(result, data, data_format, as_json=media_type == "application/json")
+        if media_type != "application/json":
+            return _bytes_answer(result, data, data_format)
+        return JSONResponse(_json_answer(result, data, data_format) | {"elapsed": round(time.monotonic() - began, 3)})
 
-    async def _run(self, ticket: Ticket, engine, images: list[np.ndarray], params: EditParams):
+    async def _opened(self, request: Request, client: str, files: list[bytes], params: EditParams, engine) -> Fitted:
+        """The opened pictures. When the caller hangs up, opening them ends."""
+        decoder, sender = self._holder.decoder, Sender(client)
+        decode = functools.partial(decoder.open, sender=sender)
+        sizes = engine.default_size, engine.config.max_pixels
+        try:
+            return await unless_gone(request, decoder.run(sender, open_edit, files, params, *sizes, decode))
+        except Busy as error:
+            raise Refusal(503, str(error), retry_after_s=5) from None
+
+    async def _run(self, ticket: Ticket, engine, pictures: Fitted, params: EditParams):
         """The EditResult. However this ends, the session is closed and its frame stops within a step."""
         try:
             async with asyncio.timeout(EDIT_TIMEOUT_S):
@@ -307,12 +337,13 @@ class EditDesk:
                 except EditError as error:
                     raise self.queue.full(str(error)) from None
                 with session:
-                    number = session.submit(images, params)
+                    number = session.submit(pictures, params)
                     async for result in session:
                         if result.number == number:
                             return result
         except TimeoutError:
             raise Refusal(503, f"The edit was not done within {EDIT_TIMEOUT_S:g} s.", retry_after_s=60) from None
+        ready_engine(self._holder)  # which says why, if the engine has gone
         raise Refusal(503, "The session was closed before the picture was done.", retry_after_s=5)
 
     def _running_places(self) -> int:
@@ -332,7 +363,9 @@ def ready_engine(holder: EngineHolder):
         text = f"The model is loading ({status['fraction']:.0%}: {status['text']}). Try again shortly."
         raise Refusal(503, text, kind="loading", retry_after_s=5)
     if status["state"] == "failed":
-        raise Refusal(503, f"The model could not be loaded: {status['text']}", kind="failed_to_load")
+        raise Refusal(503, why_not(status), kind="failed" if "description" in status else "failed_to_load")
+    if status["state"] == "stopping":
+        raise Refusal(503, why_not(status), kind="stopping", retry_after_s=10)
     if holder.page_only:
         raise Refusal(503, holder.page_only, kind="page_only")
     return holder.engine
@@ -357,19 +390,22 @@ async def unless_gone(request: Request, work: Coroutine):
         await asyncio.gather(*tasks, return_exceptions=True)  # the place is free when this returns
 
 
-def _answer(result, data: bytes, data_format: str, *, as_json: bool) -> Response:
-    params, stages_ms, age_ms = result.params, plain(result.stages_ms), round(result.age_ms, 1)
-    if not as_json:
-        timing = ", ".join(f"{name};dur={ms:.1f}" for name, ms in stages_ms.items())
-        headers = {"Server-Timing": timing, "X-Age-Ms": str(age_ms), "X-Seed": str(params.seed)}
-        return Response(data, media_type=FORMATS[data_format], headers=headers)
-    answer = {
+def _bytes_answer(result, data: bytes, data_format: str) -> Response:
+    timing = ", ".join(f"{name};dur={ms:.1f}" for name, ms in plain(result.stages_ms).items())
+    headers = {"Server-Timing": timing, "X-Age-Ms": str(round(result.age_ms, 1)), "X-Seed": str(result.params.seed)}
+    if result.notes:
+        headers["X-Notes"] = "; ".join(result.notes).encode("ascii", "replace").decode()
+    return Response(data, media_type=FORMATS[data_format], headers=headers)
+
+
+def _json_answer(result, data: bytes, data_format: str) -> dict:
+    return {
         "image": base64.b64encode(data).decode(),
         "format": data_format,
         "width": result.image.shape[1],
         "height": result.image.shape[0],
-        "seed": params.seed,
-        "stages_ms": stages_ms,
-        "age_ms": age_ms,
+        "seed": result.params.seed,
+        "stages_ms": plain(result.stages_ms),
+        "age_ms": round(result.age_ms, 1),
+        "notes": list(result.notes),
     }
-    return JSONResponse(answer)

@@ -6,6 +6,7 @@ The routes answer from the first second, the model follows: so they hold an `Eng
 import threading
 
 from serving.access import plain
+from serving.decoding import Decoder
 
 
 class EngineHolder:
@@ -17,6 +18,7 @@ class EngineHolder:
         self._state = self._phase = "loading" if engine is None else "ready"
         self._text, self._fraction = ("Starting", 0.0) if engine is None else ("Ready", 1.0)
         self.page_only = ""  # why only the page may edit, where that is so: see `webui.zero`
+        self.decoder = Decoder()  # one for all that this process is sent: routes, socket and page share its limits
         self.choice = choice or {}  # which model and why: {"model", "lora", "reason", "how_to_get_other"}
 
     @property
@@ -43,14 +45,24 @@ class EngineHolder:
             self._state = self._phase = "failed"
             self._changed.notify_all()
 
+    def leave(self) -> None:
+        """The program is about to end."""
+        with self._changed:
+            self._state = self._phase = "stopping"
+            self._text = "The program is stopping. Try again when it is back."
+            self._changed.notify_all()
+
     def status(self) -> dict:
-        """{"state": "loading" | "ready" | "failed", "phase", "text", "fraction", "choice"}; when ready, what runs.
+        """{"state": "loading" | "ready" | "failed" | "stopping", "phase", "text", "fraction", "choice"}; when ready, what runs.
 
         The phase is the state, but "warming" in the last part of "loading".
         """
         with self._changed:
             status = {"state": self._state, "phase": self._phase, "text": self._text, "fraction": self._fraction}
             status["choice"], engine = self.choice, self._engine
+        failure = getattr(engine, "failure", None)  # of a thread that died: `ready` was true once
+        if failure is not None and status["state"] == "ready":
+            status |= {"state": "failed", "phase": "failed", "text": failure}
         if engine is not None:
             status["description"] = plain(engine.description)
             status["default_size"] = engine.default_size
@@ -62,3 +74,9 @@ class EngineHolder:
             if self._state == "loading":
                 self._changed.wait(timeout)
         return self.status()
+
+
+def why_not(status: dict) -> str:
+    """Why a status that is neither "ready" nor "loading" lets no edit through, as a sentence."""
+    before_it_ran = status["state"] == "failed" and "description" not in status
+    return f"The model could not be loaded: {status['text']}" if before_it_ran else status["text"]

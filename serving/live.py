@@ -30,16 +30,16 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 
-import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from pipeline.images import EditError, encode_jpeg, fit
+from engine.fitting import Fitted, at_output_size
+from pipeline.images import EditError, encode_jpeg
 from qwen_realtime import EditParams
-from serving.access import failure_kind, open_sent, plain, read_json
+from serving.access import failure_kind, plain, read_json
+from serving.decoding import LIMITS, Sender
 from serving.holder import EngineHolder
 
-MAX_FRAME_BYTES = 4 * 2**20  # one live frame; a 1024x1024 JPEG has about 0.3 MB
-MAX_FRAME_PIXELS = 2048 * 2048
+MAX_FRAME_BYTES = LIMITS.frame_bytes
 MAX_TEXT_BYTES = 64 * 2**10
 MAX_SOCKETS = 256
 SILENCE_TIMEOUT_S = 600.0  # of a socket; a session ends earlier (EngineConfig.idle_timeout_s)
@@ -117,12 +117,13 @@ class LiveRoom:
 class LiveConnection:
     """One browser's live view: its socket, its settings, its session of the engine."""
 
-    STATUS_EVERY_S = 0.3  # while loading
+    STATUS_EVERY_S = 0.3
     RETRY_BUSY_S = 0.25
     STATS_EVERY_S = 1.0
 
     def __init__(self, websocket: WebSocket, room: LiveRoom):
         self._websocket, self._room, self._holder, self._pool = websocket, room, room.holder, room.pool
+        self._sender = Sender(websocket.client.host if websocket.client else "")
         self._sending = asyncio.Lock()
         self._fresh = asyncio.Event()
         self._inbox: tuple[int, bytes] | None = None  # the newest undecoded frame: number, file bytes
@@ -228,7 +229,6 @@ class LiveConnection:
     # -- to the engine
 
     async def _feed(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._fresh.wait()
             session = await self._open_session() if self._params is not None else None
@@ -238,22 +238,20 @@ class LiveConnection:
             arrived = time.monotonic()
             (number, data), self._inbox = self._inbox, None
             try:
-                image = await loop.run_in_executor(self._pool, self._open, data, self._params)
+                picture = await self._holder.decoder.run(self._sender, self._open, data, self._params)
                 if session is not self._session:
                     continue  # stopped meanwhile
-                submitted = session.submit([image], self._params)
+                submitted = session.submit(picture, self._params)
             except EditError as error:
                 await self._say("error", number=number, message=str(error))
                 continue
             self._numbers[submitted] = (number, arrived, time.monotonic())
 
-    def _open(self, data: bytes, params: EditParams) -> np.ndarray:
+    def _open(self, data: bytes, params: EditParams) -> Fitted:
         """The sent picture, already at the output's size where the engine would scale it: its thread is the busy one."""
-        image = open_sent(data, MAX_FRAME_PIXELS)
-        if params.reference_area != "output":
-            return image
-        side = self._holder.engine.default_size
-        return fit(image, params.width or side, params.height or side, params.fit, quick=True)
+        engine = self._holder.engine
+        image = self._holder.decoder.open(data, self._sender, max_pixels=LIMITS.frame_pixels)
+        return at_output_size([image], params, engine.default_size, engine.config.max_pixels, quick=True)
 
     async def _open_session(self):
         """This connection's session; waits, and says so, while the model is loading or all places are taken.
@@ -267,7 +265,7 @@ class LiveConnection:
             if self._inbox is None:
                 self._room.leave_line(self)
                 return None
-            if self._holder.engine is None:
+            if self._holder.status()["state"] != "ready":
                 await asyncio.sleep(self.STATUS_EVERY_S)  # _announce tells the browser why
                 continue
             self._session, position = self._room.take_session(self)
@@ -294,15 +292,16 @@ class LiveConnection:
     # -- outgoing
 
     async def _announce(self) -> None:
-        """Tells how the loading goes until it has ended, one way or the other."""
+        """Tells how the loading goes, when the engine fails, and when the program ends; then it closes the socket."""
         said = None
         while True:
             status = self._holder.status()
             if status != said:
                 await self._say("status", **status)
                 said = status
-            if status["state"] == "ready":
-                return
+            if status["state"] == "stopping":
+                await self._websocket.close(1001, status["text"])
+                raise _Gone
             await asyncio.sleep(self.STATUS_EVERY_S)
 
     async def _send_results(self, session) -> None:

@@ -5,6 +5,7 @@
 """
 
 import argparse
+import ipaddress
 import logging
 import os
 import re
@@ -13,13 +14,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from pipeline.images import EditError
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
-from serving.access import LOOPBACK_NAMES
+from serving.access import LOOPBACK_NAMES, Guard
 from serving.holder import EngineHolder
+from serving.proxy import ROOT_PATH, TRUSTED
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +61,22 @@ def site(text: str) -> str:
     return text
 
 
+def root_path(text: str) -> str:
+    if not ROOT_PATH.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no place: expected one like /edit or https://example.org/edit")
+    return text.rstrip("/")
+
+
+def addresses(text: str) -> str:
+    for part in text.split(","):
+        try:
+            if part.strip() != "*":
+                ipaddress.ip_network(part.strip())
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{error}: expected addresses or networks, with commas between them") from None
+    return text
+
+
 def sessions(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 1024):
         raise argparse.ArgumentTypeError(f"{text!r} is no number of sessions: expected 1 to 1024")
@@ -85,6 +104,14 @@ def add_flags(parser: argparse.ArgumentParser, *, host: str, port: int) -> None:
     add("--api-key", type=key_text, metavar="KEY", default=os.environ.get(KEY_VARIABLE) or None, help=key_help)
     cors_help = 'let pages of this site use the routes and the socket, or "*" for any; may be repeated'
     add("--cors", type=site, metavar="SITE", action="append", default=[], help=cors_help)
+    root_help = "behind a proxy: the path, or the whole address, under which it offers this program, like /edit"
+    add("--root-path", type=root_path, metavar="PATH", default="", help=root_help)
+    # The variable that uvicorn and gunicorn read too. A Space can be reached through its platform's proxy alone.
+    trusted = os.environ.get("FORWARDED_ALLOW_IPS") or ("*" if os.environ.get("SPACE_ID") else TRUSTED)
+    proxy_help = f'addresses of proxies whose X-Forwarded headers count, or "*" for any (default {trusted})'
+    add("--forwarded-allow-ips", type=addresses, metavar="ADDRESSES", default=trusted, help=proxy_help)
+    name_help = "a name under which a proxy on this machine passes requests on; may be repeated"
+    add("--allow-host", metavar="NAME", action="append", default=[], help=name_help)
     add("--ssl-keyfile", metavar="KEY.pem", help="TLS key: a camera needs HTTPS away from localhost")
     add("--ssl-certfile", metavar="CERT.pem", help="TLS certificate")
 
@@ -96,6 +123,19 @@ def check_flags(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
     for file in (options.ssl_keyfile, options.ssl_certfile):
         if file is not None and not Path(file).is_file():
             parser.error(f"{file} is not a file")
+
+
+def create_guard(options: argparse.Namespace) -> Guard:
+    """Who may come in. Without a lock a program of this machine answers only to this machine's names: a page of any
+    site could make its own name point here (DNS rebinding) and would then be of the same origin. In a Space the
+    platform's proxy is the only way in, under names that it chooses.
+    """
+    guard = Guard(options.auth, options.api_key, origins=options.cors)
+    if guard.locked or not is_loopback(options.host) or os.environ.get("SPACE_ID"):
+        return guard
+    public = urlsplit(options.root_path).hostname
+    hosts = (*LOOPBACK_NAMES, *options.allow_host, *([public] if public else []))
+    return Guard(origins=options.cors, hosts=hosts, local_pages=True)
 
 
 def is_loopback(host: str) -> bool:

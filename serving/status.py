@@ -21,7 +21,7 @@ from serving.live import LiveRoom
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "image_editor"
-PHASES = ("loading", "warming", "ready", "failed")
+PHASES = ("loading", "warming", "ready", "failed", "stopping")
 
 
 def resident_bytes() -> int:
@@ -56,7 +56,7 @@ class StatusDesk:
         answer = {"state": status["phase"], "text": status["text"], "fraction": status["fraction"]}
         if status["state"] == "ready":
             return JSONResponse(answer)
-        headers = {"Retry-After": "5"} if status["state"] == "loading" else {}
+        headers = {"Retry-After": "5"} if status["state"] in ("loading", "stopping") else {}
         return JSONResponse(answer, 503, headers)
 
     def _load(self) -> dict:

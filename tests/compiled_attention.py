@@ -16,8 +16,8 @@ from fast_path import attention
 STRIDES = ("q_stride", "k_stride", "v_stride", "out_stride", "sample_stride", "stride")
 TYPES = (
     dict.fromkeys(("q", "k", "v"), "*fp8e4nv")
-    | dict.fromkeys(("places", "kinds", "positions"), "*i32")
-    | dict.fromkeys(("cos", "sin", "value_scales", "heard_scale", "row_scales"), "*fp32")
+    | dict.fromkeys(("destinations", "row_types", "positions"), "*i32")
+    | dict.fromkeys(("cos", "sin", "value_scales", "output_scale", "row_scales"), "*fp32")
     | dict.fromkeys(("eps", "q_factor", "k_factor", "scale"), "fp32")
     | dict.fromkeys((*STRIDES, "tokens", "rows", "keys", "q_sample", "k_sample"), "i32")
 )

@@ -14,7 +14,7 @@ TYPES = ("bf16", "fp16", "fp32")
 
 def types_of(kernel, floats: str) -> dict[str, str]:
     """Integers and tables as they are, everything else in `floats`."""
-    known = {"cos": "*fp32", "sin": "*fp32", "places": "*i32", "kinds": "*i32", "positions": "*i32", "eps": "fp32"}
+    known = {"cos": "*fp32", "sin": "*fp32", "destinations": "*i32", "row_types": "*i32", "positions": "*i32", "eps": "fp32"}
     known |= {name: "i32" for name in kernel.arg_names if name.endswith("stride") or name == "width"}
     return dict.fromkeys(kernel.arg_names, f"*{floats}") | known
 

@@ -96,7 +96,10 @@ def program(tmp_path_factory):
     """`webui_realtime.py` on the pocket model as soon as it answers; the model may still be loading."""
     from support.page import Program
 
-    with Program(tmp_path_factory.mktemp("program") / "log.txt") as program:
+    from webui.mcp import mcp_missing
+
+    flags = [] if mcp_missing() else ["--mcp"]  # where its package is here
+    with Program(tmp_path_factory.mktemp("program") / "log.txt", *flags) as program:
         yield program
 
 

@@ -11,7 +11,7 @@ from triton.runtime import interpreter
 
 from fast_path import attention
 from fast_path.attention import EIGHT, Scales
-from fast_path.kernels import Places
+from fast_path.kernels import Destinations
 
 _convert_float, _patch_lang_tensor = interpreter._convert_float, interpreter._patch_lang_tensor
 
@@ -48,17 +48,17 @@ def test_rows_are_normed_turned_and_rounded_to_where_they_belong(heads, width, m
     kinds, positions = torch.randint(0, 6, (rows,), dtype=torch.int32), torch.randperm(rows).int()
     q, k = (attention.qk_scale(weights[:, i]) for i in range(2))
     values = torch.rand(heads) + 0.5
-    scales = Scales(q, k, values, attention.heard_scale(values))
+    scales = Scales(q, k, values, attention.output_scale(values))
     given = (qkv, kinds, positions, weights, angles.cos(), angles.sin(), 1e-6, scales)
 
-    def written(quantize) -> Places:
+    def written(quantize) -> Destinations:
         kept = eight(places, 3, heads, width)
         if moved == "nothing":
-            to = Places(*kept[:rows].unbind(1), None)
+            to = Destinations(*kept[:rows].unbind(1), None)
         else:
             scattered = torch.randperm(places, generator=torch.Generator().manual_seed(1))[:rows].int()
             q = kept[:, 0] if moved == "all" else eight(rows, heads, width)
-            to = Places(q, kept[:, 1], kept[:, 2], scattered)
+            to = Destinations(q, kept[:, 1], kept[:, 2], scattered)
         quantize(*given, to, moved == "all")
         return to
 

@@ -38,7 +38,7 @@ def test_norm_and_rotation_of_queries_and_keys(dtype, heads, moved):
     found = []
     for run in (kernels.qk_norm_rope, kernels._qk_norm_rope_cuda):
         given, to = qkv.clone(), torch.zeros(3, 20, heads, 16, dtype=dtype)
-        where = kernels.Places(to[0] if "q" in moved else None, to[1], to[2], places) if moved else None
+        where = kernels.Destinations(to[0] if "q" in moved else None, to[1], to[2], places) if moved else None
         run(given, kinds, positions, weights, cos, sin, 1e-6, where)
         found.append((given, to))
     for a, b in zip(*found, strict=True):

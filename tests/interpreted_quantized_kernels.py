@@ -7,9 +7,11 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from fast_path.kernels import residual_norm_modulate
-from quantization import kernels as kernels
-from quantization.kernels import Config, Quantized
+from fast_path.kernels import _norm_quantize_triton, residual_norm_modulate
+from quantization import products
+from quantization.products import epilogue, multiply
+from quantization.rows import Quantized, _quantize_rows_triton, quantize_rows
+from quantization.tiles import Config
 
 # Triton 3.6's interpreter turns one-element arrays into loop bounds by int(), which NumPy 2.4 no longer allows.
 _patch_lang_tensor = interpreter._patch_lang_tensor
@@ -32,7 +34,7 @@ FORMS = [
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     """Few programs, as no GPU is asked for their number."""
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 3)
+    monkeypatch.setattr(products, "multiprocessors", lambda device: 3)
 
 
 def int8(*shape, seed=0):
@@ -47,7 +49,7 @@ def test_integer_sums_are_exact(config, rows, columns, depth):
         Quantized(int8(rows, depth), torch.ones(rows)),
         Quantized(int8(columns, depth, seed=1), torch.ones(columns)),
     )
-    got = kernels.multiply(x, weight, None, torch.empty(rows, columns), config)
+    got = multiply(x, weight, None, torch.empty(rows, columns), config)
     assert torch.equal(got.int(), x.values.int() @ weight.values.int().t())
 
 
@@ -57,9 +59,9 @@ def test_integer_sums_are_exact(config, rows, columns, depth):
 def test_scales_bias_and_gelu_follow_the_sums(config, gelu, with_bias):
     x, weight = Quantized(int8(21, 64), torch.rand(21) * 0.01), Quantized(int8(48, 64, seed=1), torch.rand(48) * 0.01)
     bias = torch.randn(48) if with_bias else None
-    got = kernels.multiply(x, weight, bias, torch.empty(21, 48), config, gelu)
+    got = multiply(x, weight, bias, torch.empty(21, 48), config, gelu)
     total = x.values.int() @ weight.values.int().t()
-    expected = kernels.finish(total, x.scales, weight.scales, bias, torch.empty(21, 48), gelu)
+    expected = epilogue(total, x.scales, weight.scales, bias, torch.empty(21, 48), gelu)
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
@@ -68,7 +70,7 @@ def test_scales_bias_and_gelu_follow_the_sums(config, gelu, with_bias):
 def test_one_launch_multiplies_the_first_rows_by_one_weight_and_the_others_by_another(config, rows, first):
     x, weight = Quantized(int8(rows, 64), torch.ones(rows)), Quantized(int8(96, 64, seed=1), torch.rand(96))
     bias = torch.randn(96)
-    got = kernels.multiply(x, weight, bias, torch.full((rows, 48), float("nan")), config, first=first)
+    got = multiply(x, weight, bias, torch.full((rows, 48), float("nan")), config, first=first)
     for part, outputs in ((slice(0, first), slice(0, 48)), (slice(first, None), slice(48, None))):
         total = x.values[part].int() @ weight.values[outputs].int().t()
         expected = total.float() * weight.scales[outputs] + bias[outputs]
@@ -87,8 +89,8 @@ def test_a_result_scaled_by_its_bound_needs_no_second_look_and_never_saturates(c
     whole = weight.dequantized().norm(dim=1)
     limits = torch.stack([torch.stack([whole[p].max(), bias[p].abs().max()]) for p in (slice(0, 48), slice(48, None))])
     out = Quantized(torch.empty(21, 48), torch.full((21,), float("nan")))
-    kernels.multiply(x, weight, bias, out, config, True, 6, limits)
-    expected = kernels.multiply(x, weight, bias, torch.empty(21, 48), config, True, 6)
+    multiply(x, weight, bias, out, config, True, 6, limits)
+    expected = multiply(x, weight, bias, torch.empty(21, 48), config, True, 6)
     assert 400 < out.values[1].max() < 448 and out.values.abs().max() < 448
     assert (out.dequantized() - expected).abs().max() < 1e-5 * expected.abs().max()
 
@@ -103,8 +105,8 @@ def test_rows_are_quantised_as_defined(dtype, width, group, gelu):
     x = torch.randn(5, width, generator=torch.Generator().manual_seed(width)) * 3
     x[2], x[3, 0] = 0.0, 100.0
     x = x.to(dtype)
-    got = kernels._quantize_rows_triton(x, torch.int8, group, gelu)
-    expected = kernels.quantize_rows(x, torch.int8, group, gelu)
+    got = _quantize_rows_triton(x, torch.int8, group, gelu)
+    expected = quantize_rows(x, torch.int8, group, gelu)
     assert torch.allclose(got.scales, expected.scales, rtol=1e-5, atol=0)
     difference = (got.values.int() - expected.values.int()).abs()
     # Sums in another order: a number that lies between two integers may fall to either. Without sums nothing differs.
@@ -119,8 +121,8 @@ def test_norm_and_modulation_end_in_8_bits(dtype, with_y):
     now, a, b = table.unbind(1), x.clone(), x.clone()
     y, kinds = y if with_y else None, torch.randint(3, (15,), generator=generator, dtype=torch.int32)
     normed = residual_norm_modulate(a, y, now[2], now[3], now[4], kinds, 1e-6)
-    expected = kernels.quantize_rows(normed, torch.int8)
-    got = kernels._norm_quantize_triton(b, y, now[2], now[3], now[4], kinds, 1e-6, torch.int8)
+    expected = quantize_rows(normed, torch.int8)
+    got = _norm_quantize_triton(b, y, now[2], now[3], now[4], kinds, 1e-6, torch.int8)
     # bfloat16: the interpreter cuts where hardware rounds, one unit in the last place of the norm's result.
     relative, steps = (1e-5, 1) if dtype == torch.float32 else (2**-7, 2)
     assert torch.allclose(got.scales, expected.scales, rtol=relative, atol=0)

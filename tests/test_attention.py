@@ -12,12 +12,12 @@ from support.models import LAYOUTS, inputs, small_model, sqnr_db, stock
 from cached_pipeline import load_pipeline
 from fast_path import TokenCache, attention
 from fast_path.attention import EIGHT, Scales
-from fast_path.kernels import Places, qk_norm_rope
+from fast_path.kernels import Destinations, qk_norm_rope
 from fast_path.transformer import FusedTransformer, Sample
 from fp8_linear import Fp8Linear
 from int8_linear import Int8Linear
 from pipeline.images import EditError
-from quantization.layer import swap_linears
+from quantization.swap import swap_linears
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,7 +32,7 @@ def given(rows: int, heads: int, width: int) -> tuple:
 
 
 def scales_of(weights: torch.Tensor, values: torch.Tensor) -> Scales:
-    return Scales(*(attention.qk_scale(weights[:, i]) for i in range(2)), values, attention.heard_scale(values))
+    return Scales(*(attention.qk_scale(weights[:, i]) for i in range(2)), values, attention.output_scale(values))
 
 
 def test_no_query_or_key_overflows_however_it_is_normed_and_turned():
@@ -42,7 +42,7 @@ def test_no_query_or_key_overflows_however_it_is_normed_and_turned():
     plain, scales = qkv.clone(), scales_of(weights, torch.ones(2))
     qk_norm_rope(plain, kinds, positions, weights, *rest)
     q, k, v = torch.zeros_like(qkv, dtype=EIGHT).unbind(1)
-    attention.norm_rope_quantize(qkv, kinds, positions, weights, *rest, scales, Places(q, k, v, None))
+    attention.norm_rope_quantize(qkv, kinds, positions, weights, *rest, scales, Destinations(q, k, v, None))
     for got, wanted, scale in ((q, plain[:, 0], scales.q), (k, plain[:, 1], scales.k)):
         assert wanted.float().abs().max() <= 448 * scale * 1.01
         assert sqnr_db(got.float() * scale, wanted) > 30
@@ -51,14 +51,14 @@ def test_no_query_or_key_overflows_however_it_is_normed_and_turned():
 
 @pytest.mark.parametrize("heads, width", [(2, 16), (3, 40), (4, 128)])
 @pytest.mark.parametrize("spread", [0.01, 1.0, 30.0], ids=lambda s: f"values-of-{s}")
-def test_it_hears_what_attention_in_float32_hears(heads, width, spread):
+def test_it_attends_as_attention_in_float32_does(heads, width, spread):
     batch, tokens, queries = 2, 150, 60
     qkv, kinds, positions, weights, *rest = given(batch * tokens, heads, width)
     qkv[:, 2] *= spread
     plain, joint = qkv.clone(), torch.zeros_like(qkv, dtype=EIGHT)
     qk_norm_rope(plain, kinds, positions, weights, *rest)
     scales = scales_of(weights, torch.full((heads,), 3 * spread))
-    attention.norm_rope_quantize(qkv, kinds, positions, weights, *rest, scales, Places(*joint.unbind(1), None))
+    attention.norm_rope_quantize(qkv, kinds, positions, weights, *rest, scales, Destinations(*joint.unbind(1), None))
     q, k, v = plain.view(batch, tokens, 3, heads, width).float().permute(2, 0, 3, 1, 4)
     exact = F.scaled_dot_product_attention(q[:, :, 30 : 30 + queries], k, v).transpose(1, 2).flatten(2)
     q, k, v = joint.view(batch, tokens, 3, heads, width).unbind(2)
@@ -74,9 +74,9 @@ def test_scattered_rows_are_the_rows_in_their_own_order():
     own, kept, moved = (torch.zeros(n, 3, 2, 16).to(EIGHT) for n in (20, 50, 50))
     q = torch.zeros(20, 2, 16).to(EIGHT)
     everything = (qkv, kinds, positions, weights, *rest, scales)
-    attention.norm_rope_quantize(*everything, Places(*own.unbind(1), None))
-    attention.norm_rope_quantize(*everything, Places(*moved.unbind(1), places))
-    attention.norm_rope_quantize(*everything, Places(q, kept[:, 1], kept[:, 2], places), move_q=False)
+    attention.norm_rope_quantize(*everything, Destinations(*own.unbind(1), None))
+    attention.norm_rope_quantize(*everything, Destinations(*moved.unbind(1), places))
+    attention.norm_rope_quantize(*everything, Destinations(q, kept[:, 1], kept[:, 2], places), move_q=False)
     assert own.float().any(2).all()
     assert torch.equal(moved.float()[places], own.float())
     assert torch.equal(q.float(), own[:, 0].float()) and torch.equal(kept[:, 1:].float(), moved[:, 1:].float())
@@ -123,7 +123,7 @@ def test_the_transformer_with_8_bit_attention_is_near_the_stock_one(layout, kind
     fused.eight_bit_attention = True
     got = fused.velocity(*wanted, layout, 750.0)
     assert sqnr_db(got, exact) > 25 and not torch.equal(got, before)
-    assert fused.blocks[0].reads_heard == (None if kind is None else kind.eight_bit)
+    assert fused.blocks[0].out_input_dtype == (None if kind is None else kind.eight_bit)
 
 
 def test_token_reuse_keeps_8_bit_keys_and_values():
@@ -152,7 +152,7 @@ def test_a_change_of_the_layers_that_make_values_changes_their_scales_in_place()
         layer.weight.data.mul_(4.0)
     fused.weights_changed({"transformer_blocks.0.attn.to_v", "transformer_blocks.0.attn.add_v_proj"})
     assert torch.allclose(scales.v, 4 * before) and scales.v.data_ptr() == at
-    assert torch.allclose(scales.heard, scales.v.max() / 8)
+    assert torch.allclose(scales.output, scales.v.max() / 8)
     assert scales.v.grad_fn is None, "else it would keep the weights in float32: 4.5 GB of the full-size model"
 
 

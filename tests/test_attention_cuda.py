@@ -7,7 +7,7 @@ from support.models import sqnr_db
 from fast_path import attention
 from fast_path.attention import EIGHT, Scales
 from fast_path.graphs import Graphs
-from fast_path.kernels import Places
+from fast_path.kernels import Destinations
 
 HEADS, WIDTH = 24, 128
 pytestmark = pytest.mark.skipif(
@@ -24,25 +24,25 @@ def given(rows: int, heads: int = HEADS) -> tuple:
     weights = (1 + 0.3 * torch.randn(2, 2, WIDTH, device="cuda")).bfloat16()
     q, k = (attention.qk_scale(weights[:, i]) for i in range(2))
     v = torch.rand(heads, device="cuda") + 0.5
-    scales = Scales(q, k, v, attention.heard_scale(v))
+    scales = Scales(q, k, v, attention.output_scale(v))
     return qkv, kinds, positions, weights, angles.cos(), angles.sin(), 1e-6, scales
 
 
 def on_the_cpu(arguments: tuple) -> tuple:
     cpu = [x.cpu() if isinstance(x, torch.Tensor) else x for x in arguments]
-    return (*cpu[:-1], cpu[-1]._replace(v=cpu[-1].v.cpu(), heard=cpu[-1].heard.cpu()))
+    return (*cpu[:-1], cpu[-1]._replace(v=cpu[-1].v.cpu(), output=cpu[-1].heard.cpu()))
 
 
 def joint(batch: int, tokens: int, heads: int = HEADS) -> tuple[torch.Tensor, Scales]:
     """e4m3 (B, S, 3, H, d)."""
     arguments = given(batch * tokens, heads)
     out = torch.empty(batch * tokens, 3, heads, WIDTH, device="cuda", dtype=EIGHT)
-    attention.norm_rope_quantize(*arguments, Places(*out.unbind(1), None))
+    attention.norm_rope_quantize(*arguments, Destinations(*out.unbind(1), None))
     return out.view(batch, tokens, 3, heads, WIDTH), arguments[-1]
 
 
 def defined(q, k, v, scales: Scales) -> torch.Tensor:
-    return attention.attend_fp8(q.cpu(), k.cpu(), v.cpu(), scales._replace(v=scales.v.cpu(), heard=scales.heard.cpu()))
+    return attention.attend_fp8(q.cpu(), k.cpu(), v.cpu(), scales._replace(v=scales.v.cpu(), output=scales.output.cpu()))
 
 
 @pytest.mark.parametrize("rows, heads", [(1, HEADS), (725, HEADS), (2261, HEADS), (65, 5)])
@@ -52,10 +52,10 @@ def test_rows_are_normed_turned_and_rounded_to_where_they_belong(rows, heads, mo
     arguments[0][0, 2, 0, :2] = torch.tensor([1e6, -1e6])
     kept, own = (torch.zeros(n, 3, heads, WIDTH, device="cuda").to(EIGHT) for n in (2 * rows, rows))
     places = None if moved == "nothing" else torch.randperm(2 * rows, device="cuda")[:rows].int()
-    to = Places(kept[:, 0] if moved == "all" else own[:, 0], kept[:, 1], kept[:, 2], places)
+    to = Destinations(kept[:, 0] if moved == "all" else own[:, 0], kept[:, 1], kept[:, 2], places)
     kept_there, own_there = kept.cpu(), own.cpu()
     q = kept_there[:, 0] if moved == "all" else own_there[:, 0]
-    there = Places(q, kept_there[:, 1], kept_there[:, 2], None if places is None else places.cpu())
+    there = Destinations(q, kept_there[:, 1], kept_there[:, 2], None if places is None else places.cpu())
     attention.norm_rope_quantize(*arguments, to, move_q=moved == "all")
     attention.norm_rope_quantize(*on_the_cpu(arguments), there, move_q=moved == "all")
     got, wanted = (torch.cat([k, o]).flatten() for k, o in ((kept.cpu(), own.cpu()), (kept_there, own_there)))
@@ -89,22 +89,22 @@ def test_attention_is_its_definition_for_views_of_all_kinds(batch, tokens, queri
 
 
 @pytest.mark.parametrize("batch, tokens, queries", [(1, 37, 37), (1, 2261, 700), (2, 725, 725)])
-def test_what_is_heard_can_be_written_as_a_layer_reads_it(batch, tokens, queries):
+def test_the_output_can_be_written_in_a_layers_input_format(batch, tokens, queries):
     rows, scales = joint(batch, tokens)
     q, k, v = rows.unbind(2)
     got = attention.attend_fp8(q[:, :queries], k, v, scales, eight_bit=True)
     assert got.values.dtype == EIGHT and got.values.shape == (batch * queries, HEADS * WIDTH)
-    assert torch.equal(got.scales, scales.heard.expand(batch * queries))
+    assert torch.equal(got.scales, scales.output.expand(batch * queries))
     exact = attention.attend_fp8(q[:, :queries], k, v, scales).flatten(0, 1)
     assert sqnr_db(got.dequantized(), exact) > 28, "e4m3 alone has 31 dB"
 
 
-def test_few_queries_of_scattered_rows_hear_all_that_is_kept():
+def test_few_queries_of_scattered_rows_attend_to_all_that_is_cached():
     rows, scales = joint(1, 2261)
     kept, places = rows[0, :, 1:].clone(), torch.randperm(2261, device="cuda")[:700].sort().values.int()
     *arguments, _ = given(700)
     q = torch.empty(700, HEADS, WIDTH, device="cuda", dtype=EIGHT)
-    attention.norm_rope_quantize(*arguments, scales, Places(q, kept[:, 0], kept[:, 1], places), move_q=False)
+    attention.norm_rope_quantize(*arguments, scales, Destinations(q, kept[:, 0], kept[:, 1], places), move_q=False)
     q, k, v = (x.unsqueeze(0) for x in (q, kept[:, 0], kept[:, 1]))
     assert not torch.equal(k.float(), rows[:, :, 1].float())
     assert sqnr_db(attention.attend_fp8(q, k, v, scales).cpu(), defined(q, k, v, scales)) > 30
@@ -116,7 +116,7 @@ def test_recorded_and_replayed_it_computes_the_new_inputs(tokens):
 
     def step(qkv):
         out = torch.empty_like(qkv, dtype=EIGHT)
-        attention.norm_rope_quantize(qkv, *arguments[1:], scales, Places(*out.unbind(1), None))
+        attention.norm_rope_quantize(qkv, *arguments[1:], scales, Destinations(*out.unbind(1), None))
         q, k, v = out.unsqueeze(0).unbind(2)
         return attention.attend_fp8(q, k, v, scales).clone()
 

@@ -96,5 +96,6 @@ def test_moving_the_pipeline_moves_the_fast_path(pocket):
     pocket.enable_fast_path()
     before = pocket.single_frame_vae
     pocket.to("cpu")
+    pocket.decode(torch.zeros(1, 4, 4 * pocket.latent_channels), 32, 32)
     assert pocket.single_frame_vae is not None and pocket.single_frame_vae is not before
     pocket.disable_fast_path()

@@ -12,6 +12,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from fast_path.graphs import Graphs
 from fast_path.text_encoder import FusedTextEncoder
+from fast_path.watch import Away
 from pipeline.vision_language import word_rows
 
 # Other kernels add in another order: float32 rounding, relative to the largest value.
@@ -116,7 +117,7 @@ def storages(encoder):
 @pytest.mark.parametrize("grid", [(28, 28), (20, 36), (36, 20), (16, 24), (6, 10), (2, 2)])
 def test_it_sees_what_the_vision_tower_sees(plain, fused, grid):
     values = patches(*grid)
-    expected, seen = plainly_see(plain, values, grid), fused[1].see(values, grid)
+    expected, seen = plainly_see(plain, values, grid), fused[1].encode_image(values, grid)
     assert seen.shape == expected.shape == (grid[0] * grid[1] // 4, 64)
     assert relative(seen, expected) < ROUNDING
 
@@ -124,7 +125,7 @@ def test_it_sees_what_the_vision_tower_sees(plain, fused, grid):
 @pytest.mark.parametrize("length", [1, 17, 64, 131])
 def test_it_reads_what_the_language_model_reads(plain, fused, length):
     embeds, positions = tokens(length)
-    expected, read = plainly_read(plain, embeds, positions), fused[1].read(embeds, positions)
+    expected, read = plainly_read(plain, embeds, positions), fused[1].encode_text(embeds, positions)
     assert read.shape == expected.shape == (1, length, 64)
     assert relative(read, expected) < ROUNDING
 
@@ -133,7 +134,7 @@ def test_it_reads_what_the_language_model_reads(plain, fused, length):
 def test_skipped_rows_are_left_out_and_the_others_do_not_change(plain, fused, skip):
     embeds, positions = tokens(64)
     expected = plainly_read(plain, embeds, positions)[:, skip:]
-    read = fused[1].read(embeds, positions, skip=skip)
+    read = fused[1].encode_text(embeds, positions, skip=skip)
     assert read.shape == expected.shape and relative(read, expected) < ROUNDING
 
 
@@ -141,7 +142,7 @@ def test_one_key_and_value_head_for_each_query_head_is_read_too():
     encoder = make_encoder(text={"num_key_value_heads": 4})
     embeds, positions = tokens(24)
     expected = plainly_read(encoder, embeds, positions)
-    assert relative(FusedTextEncoder(encoder).read(embeds, positions), expected) < ROUNDING
+    assert relative(FusedTextEncoder(encoder).encode_text(embeds, positions), expected) < ROUNDING
 
 
 def test_the_embedded_model_sees_two_pictures_and_reads_two_prompts(pocket_calls):
@@ -149,17 +150,17 @@ def test_the_embedded_model_sees_two_pictures_and_reads_two_prompts(pocket_calls
     fused = FusedTextEncoder(encoder)
     assert len(calls["see"]) == 2 and calls["see"][0][1] != calls["see"][1][1], "pictures of two shapes"
     for values, grid, expected in calls["see"]:
-        assert relative(fused.see(values, grid), expected) < ROUNDING
+        assert relative(fused.encode_image(values, grid), expected) < ROUNDING
     assert len({embeds.shape[1] for embeds, *_ in calls["read"]}) == 2, "prompts of two lengths"
     for embeds, positions, expected in calls["read"]:
-        assert relative(fused.read(embeds, positions), expected) < ROUNDING
-        assert relative(fused.read(embeds, positions, skip=64), expected[:, 64:]) < ROUNDING
+        assert relative(fused.encode_text(embeds, positions), expected) < ROUNDING
+        assert relative(fused.encode_text(embeds, positions, skip=64), expected[:, 64:]) < ROUNDING
 
 
 def test_positions_matter(fused):
     embeds, positions = tokens(24)
     flat = torch.arange(24).repeat(3, 1, 1)
-    assert relative(fused[1].read(embeds, positions), fused[1].read(embeds, flat)) > 0.01
+    assert relative(fused[1].encode_text(embeds, positions), fused[1].encode_text(embeds, flat)) > 0.01
 
 
 def test_in_bfloat16_it_is_as_near_to_the_exact_result_as_the_plain_path(plain):
@@ -171,7 +172,7 @@ def test_in_bfloat16_it_is_as_near_to_the_exact_result_as_the_plain_path(plain):
     values, embeds = values.bfloat16(), embeds.bfloat16()
     stock = plainly_see(half, values, (20, 36)), plainly_read(half, embeds, positions)
     fused = FusedTextEncoder(half)
-    ours = fused.see(values, (20, 36)), fused.read(embeds, positions)
+    ours = fused.encode_image(values, (20, 36)), fused.encode_text(embeds, positions)
     for which in range(2):
         assert ours[which].dtype == torch.bfloat16
         error, allowed = (float((x[which].float() - exact[which]).norm()) for x in (ours, stock))
@@ -194,11 +195,11 @@ class _Attentions(TorchFunctionMode):
 
 def test_windows_of_one_size_are_one_call_and_nothing_is_masked(fused):
     with _Attentions() as attentions:
-        fused[1].see(patches(28, 28), (28, 28))
+        fused[1].encode_image(patches(28, 28), (28, 28))
     windowed = [(9, 2, 64, 80), (6, 2, 32, 80), (1, 2, 16, 80)]
     assert attentions.shapes == [*windowed, (1, 2, 784, 80), *windowed]
     with _Attentions() as reading:
-        fused[1].read(*tokens(64))
+        fused[1].encode_text(*tokens(64))
     assert reading.shapes == [(1, 4, 64, 16)] * 3
     assert not attentions.masked and not reading.masked
 
@@ -228,10 +229,10 @@ def test_the_watch_sees_the_plain_path_ask(plain):
 
 def test_a_second_call_asks_nothing_and_brings_nothing_from_the_host(fused):
     values, (embeds, positions) = patches(20, 36), tokens(40)
-    seen, read = fused[1].see(values, (20, 36)), fused[1].read(embeds, positions, skip=8)
+    seen, read = fused[1].encode_image(values, (20, 36)), fused[1].encode_text(embeds, positions, skip=8)
     with _Operations():
-        assert torch.equal(fused[1].see(values, (20, 36)), seen)
-        assert torch.equal(fused[1].read(embeds, positions, skip=8), read)
+        assert torch.equal(fused[1].encode_image(values, (20, 36)), seen)
+        assert torch.equal(fused[1].encode_text(embeds, positions, skip=8), read)
 
 
 def test_one_more_layer_is_few_more_kernels():
@@ -244,11 +245,11 @@ def test_one_more_layer_is_few_more_kernels():
                 {"num_hidden_layers": layers, "num_key_value_heads": 4},  # not every CPU attention shares key heads
             )
         )
-        fused.see(values, (16, 16)), fused.read(embeds, positions)
+        fused.encode_image(values, (16, 16)), fused.encode_text(embeds, positions)
         with _Operations() as seeing:
-            fused.see(values, (16, 16))
+            fused.encode_image(values, (16, 16))
         with _Operations() as reading:
-            fused.read(embeds, positions)
+            fused.encode_text(embeds, positions)
         counts.append((seeing.count, reading.count))
     # 14 and 12 on a GPU; here an RMS norm is up to 8 operations instead of one.
     assert counts[1][0] - counts[0][0] <= 14 + 2 * 7, counts
@@ -262,11 +263,11 @@ def test_what_is_recorded_once_serves_all_inputs_of_its_shape(plain):
         for seed in (0, 1):
             for grid in ((16, 24), (24, 16)):  # as many patches in other windows
                 values = patches(*grid, seed)
-                assert relative(fused.see(values, grid), plainly_see(plain, values, grid)) < ROUNDING
+                assert relative(fused.encode_image(values, grid), plainly_see(plain, values, grid)) < ROUNDING
             embeds, positions = tokens(40, seed)
             expected = plainly_read(plain, embeds, positions + seed)
             for skip in (0, 8):
-                read = fused.read(embeds, positions + seed, skip)
+                read = fused.encode_text(embeds, positions + seed, skip)
                 assert relative(read, expected[:, skip:]) < ROUNDING
     assert len(fused.graphs) == fused.graphs.recordings == 2 + 2
 
@@ -285,10 +286,10 @@ def test_weights_are_shared_with_the_model_and_follow_it(plain):
     encoder = copy.deepcopy(plain)
     fused = FusedTextEncoder(encoder)
     values, (embeds, positions) = patches(16, 24), tokens(40)
-    before = fused.see(values, (16, 24)), fused.read(embeds, positions)
+    before = fused.encode_image(values, (16, 24)), fused.encode_text(embeds, positions)
     for parameter in encoder.parameters():
         parameter.mul_(1.25)
-    after = fused.see(values, (16, 24)), fused.read(embeds, positions)
+    after = fused.encode_image(values, (16, 24)), fused.encode_text(embeds, positions)
     expected = plainly_see(encoder, values, (16, 24)), plainly_read(encoder, embeds, positions)
     for old, new, want in zip(before, after, expected):
         assert relative(old, want) > 0.01 and relative(new, want) < ROUNDING
@@ -336,11 +337,12 @@ def test_what_is_not_read_as_a_whole_leaves_the_gpu_and_comes_back(plain, tied):
         head.weight = words.weight
     fused, ids = FusedTextEncoder(encoder), [3, 99, 3, 0]
     before = words(torch.tensor(ids).cuda())
-    assert fused.offload() == words.weight.nbytes * (1 if tied else 2)
-    assert not words.weight.is_cuda and not head.weight.is_cuda and fused.offload() == 0
+    away = Away(fused.device)
+    assert away.take(fused.unread) == words.weight.nbytes * (1 if tied else 2)
+    assert not words.weight.is_cuda and not head.weight.is_cuda and away.take(fused.unread) == 0
     table, rows = word_rows(words, ids, before.device)
-    assert torch.equal(table[rows], before) and FusedTextEncoder(encoder).offload() == 0
-    fused.onload()
+    assert torch.equal(table[rows], before) and away.take(FusedTextEncoder(encoder).unread) == 0
+    away.bring_back()
     assert words.weight.is_cuda and (head.weight is words.weight) == tied and head.weight.is_cuda
     assert torch.equal(words(torch.tensor(ids).cuda()), before)
 
@@ -354,7 +356,7 @@ def test_on_a_gpu_the_vision_tower_is_laid_anew_without_holes(plain):
     assert torch.cuda.memory_allocated() - before < 100_000, "rows filled up, and rounding to whole pieces"
     assert all(p.is_cuda for p in encoder.parameters())
     values = patches(16, 24)
-    assert relative(fused.see(values.cuda(), (16, 24)).cpu(), plainly_see(plain, values, (16, 24))) < 1e-3, "TF32 at most"
+    assert relative(fused.encode_image(values.cuda(), (16, 24)).cpu(), plainly_see(plain, values, (16, 24))) < 1e-3, "TF32 at most"
 
 
 def test_memory_does_not_grow_and_building_again_takes_none(plain):
@@ -369,7 +371,7 @@ def test_memory_does_not_grow_and_building_again_takes_none(plain):
     second = FusedTextEncoder(encoder)
     assert storages(encoder) == after
     values = patches(16, 24)
-    assert torch.equal(first.see(values, (16, 24)), second.see(values, (16, 24)))
+    assert torch.equal(first.encode_image(values, (16, 24)), second.encode_image(values, (16, 24)))
 
 
 def test_a_fused_model_can_be_saved_and_loaded(plain, fused, tmp_path):
@@ -451,10 +453,10 @@ def test_other_models_and_settings_are_refused_with_the_reason():
 @pytest.mark.parametrize(("count", "grid"), [(784, (28, 27)), (64, (4, 8)), (27, (3, 9))])
 def test_patches_that_do_not_fit_the_grid_are_refused(fused, count, grid):
     with pytest.raises(ValueError, match="patches, grid"):
-        fused[1].see(torch.zeros(count, 1176), grid)
+        fused[1].encode_image(torch.zeros(count, 1176), grid)
 
 
 def test_a_batch_is_refused(fused):
     embeds, positions = tokens(24)
     with pytest.raises(ValueError, match="a batch of 2"):
-        fused[1].read(embeds.repeat(2, 1, 1), positions.repeat(1, 2, 1))
+        fused[1].encode_text(embeds.repeat(2, 1, 1), positions.repeat(1, 2, 1))

@@ -7,9 +7,10 @@ from torch import nn
 
 import fp8_linear
 from fp8_linear import Fp8Linear
-from int8_linear import Int8Linear, quantize_main
-from quantization import layer as shared
-from quantization.kernels import quantize_rows
+from int8_linear import Int8Linear
+from pipeline.quantize import quantize_main
+from quantization.folder import is_quantized, load_quantized
+from quantization.rows import quantize_rows
 
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
@@ -70,8 +71,8 @@ def test_the_command_writes_a_folder_that_says_it_is_fp8(tmp_path):
     QwenImageTransformer2DModel(**sizes, axes_dims_rope=(8, 12, 12)).save_pretrained(source / "transformer")
     (source / "model_index.json").write_text("{}")
     quantize_main(Fp8Linear, "", [str(source), str(tmp_path / "out")])
-    assert shared.is_quantized(tmp_path / "out") == "fp8"
-    loaded = shared.load_quantized(tmp_path / "out", [Fp8Linear], dtype=torch.float32)
+    assert is_quantized(tmp_path / "out") == "fp8"
+    loaded = load_quantized(tmp_path / "out", [Fp8Linear], dtype=torch.float32)
     layers = [m for m in loaded.modules() if isinstance(m, Fp8Linear)]
     assert len(layers) == 12 and {layer.group for layer in layers} == {0}
     assert {layer.weight.dtype for layer in layers} == {torch.float8_e4m3fn}

@@ -90,7 +90,7 @@ def test_a_change_of_anything_but_the_picture_computes_everything(fast, photo, c
     params = PARAMS.replace(reuse="frames", embeds="fresh")
     with fast.open_session() as session:
         results = serve(session, *[(photo(SIZE, SIZE, 1), p) for p in (params, params.replace(**change))])
-    assert results[1].computed == 1.0 and results[1].notes == ()
+    assert results[1].computed == 1.0 and not [note for note in results[1].notes if note.startswith("reuse")]
     with fast.open_session() as session:
         (alone,) = serve(session, (photo(SIZE, SIZE, 1), params.replace(**change)))
     assert np.array_equal(results[1].image, alone.image)

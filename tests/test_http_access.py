@@ -9,11 +9,9 @@ import logging
 import gradio as gr
 import httpx
 import pytest
-import websockets.exceptions
 from starlette.applications import Starlette
-from support.http import Browser, StubPipeline, b64, post, serving
+from support.http import Browser, StubPipeline, b64, handshake_status, post, serving
 from support.pictures import grey
-from websockets.sync.client import connect
 
 from qwen_realtime import RealtimeEngine
 from server import EngineHolder, Guard, create_app, create_guard, create_routes, parse_args
@@ -32,15 +30,6 @@ def basic(user: str, password: str) -> dict:
 def engine():
     with RealtimeEngine(StubPipeline()) as engine:
         yield engine
-
-
-def handshake(address, **headers) -> int:
-    """The status with which the live socket answers: 101 is open."""
-    try:
-        with connect(f"ws://{address}/live", additional_headers=headers):
-            return 101
-    except websockets.exceptions.InvalidStatus as error:
-        return error.response.status_code
 
 
 def asked(guard: Guard, path="/health", method="GET", **headers) -> httpx.Response:
@@ -91,7 +80,7 @@ def test_without_the_key_every_route_is_401_and_the_socket_does_not_open(engine,
         answer = post(address, BODY, headers=headers)
         assert answer.status_code == 401 and "basic" in answer.headers["www-authenticate"].lower()
         if all(value.isascii() for value in headers.values()):
-            assert handshake(address, **{name: value.decode() for name, value in headers.items()}) == 403
+            assert handshake_status(address, **{name: value.decode() for name, value in headers.items()}) == 403
         assert httpx.get(f"http://{address}/health?api_key={KEY}", headers=headers).status_code == 401  # logs keep it
 
 
@@ -187,8 +176,8 @@ def test_a_listed_site_reads_refusals_too_and_needs_the_key_after_its_preflight(
 
 def test_the_socket_opens_to_a_listed_site_only(engine):
     with serving(EngineHolder(engine), guard=Guard(origins=[SITE])) as address:
-        assert handshake(address, Origin=SITE) == 101
-        assert handshake(address, Origin="https://evil.example") == 403
+        assert handshake_status(address, Origin=SITE) == 101
+        assert handshake_status(address, Origin="https://evil.example") == 403
 
 
 def test_what_a_browser_sends_by_itself_counts_for_our_own_page_only_even_when_every_site_is_let_in():

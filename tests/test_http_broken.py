@@ -46,7 +46,8 @@ def ask(client: httpx.Client, content: bytes, about: str, **headers) -> int:
     assert answer.status_code in PROMISED and answer.status_code < 500, (about, answer.status_code, answer.text[:300])
     if answer.status_code != 200:
         refusal = answer.json()
-        assert set(refusal) == {"error", "kind"} and 5 < len(refusal["error"]) < 600, (about, refusal)
+        assert set(refusal) == {"error", "kind", "detail"} and refusal["detail"] == refusal["error"], (about, refusal)
+        assert 5 < len(refusal["error"]) < 600, (about, refusal)
     return answer.status_code
 
 
@@ -76,7 +77,7 @@ def values() -> dict[str, bytes]:
     odd = [None, True, False, "", " ", "x" * 5000, "\x00", "NaN", "1", -1, 0, 1.5, 2**31, 2**32, 2**63, 10**30, 1e308,
            -1e308, 5e-324, [], {}, [1], {"a": 1}, "../../etc/passwd", "'; DROP TABLE x; --", "\U0001f600" * 500]  # fmt: skip
     good = {"image": b64(grey()), "prompt": "keep", "width": 64, "height": 64}
-    fields = [*EditParams.__dataclass_fields__, "image", "ref_image", "format", "unknown", "Prompt", "__class__", ""]
+    fields = [*EditParams.__dataclass_fields__, "use_cfg", "image", "ref_image", "format", "unknown", "Prompt", "__class__", ""]
     return {f"{name} = {value!r:.40}": json.dumps(good | {name: value}).encode() for name in fields for value in odd}
 
 

@@ -176,6 +176,7 @@ def test_what_the_pipeline_finds_wrong_with_the_request_is_a_400(address):
     assert answer.status_code == 400 and answer.json() == {
         "error": "This prompt has 9000 tokens. Allowed: 1000.",
         "kind": "bad_input",
+        "detail": "This prompt has 9000 tokens. Allowed: 1000.",
     }
 
 

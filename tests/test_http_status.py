@@ -148,7 +148,7 @@ def test_every_example_of_the_document_is_answered_with_200(engine):
             answer = post(address, example["value"])
             assert answer.status_code == 200, answer.text
         assert httpx.get(f"http://{address}/openapi.json").json() == document
-    assert len(examples) == 3
+    assert len(examples) == 4
 
 
 def test_the_docs_pages_program_works_as_it_stands(engine, tmp_path, monkeypatch):

@@ -1,30 +1,41 @@
 """INT8 layers, and what they share with FP8: exact integers, errors within bounds, models swapped, written and read."""
 
 import copy
+import doctest
+import inspect
 import json
+import pydoc
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import QwenImageTransformer2DModel
+from safetensors.torch import load_file, save_file
 from skimage import data
 from support.models import KINDS, same_weights, sqnr_db
 from torch import nn
 
+import fp8_linear
 import int8_linear
 from cached_pipeline import load_pipeline
 from fp8_linear import Fp8Linear
 from int8_linear import Int8Linear, rotate_down_projections, swap_linears
 from pipeline.images import fit
+from pipeline.quantize import quantize_main
 from pocket_model.edits import EDITS, split
 from pocket_model.evaluate import edit_picture, psnr, tensor
-from quantization import kernels as kernels
-from quantization import layer as shared
-from quantization.kernels import Quantized
+from quantization import QuantizationError
+from quantization.folder import FILES, NOTE, is_quantized, load_quantized, quantize_folder, save_quantized
+from quantization.layer import QuantizedLinear
+from quantization.pair import QuantizedPair
+from quantization.rows import Quantized, rotate
+from quantization.swap import swap_linears as swap_to_kind
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "pocket_model" / "weights"
+
 def linear(inputs=512, outputs=256, bias=True, seed=0) -> nn.Linear:
     torch.manual_seed(seed)
     return nn.Linear(inputs, outputs, bias).requires_grad_(False)
@@ -90,11 +101,11 @@ def test_a_rotation_pays_where_outliers_are():
 
 @pytest.mark.parametrize("group", [16, 256])
 def test_rotations_are_orthogonal_and_no_row_gathers_the_mean(group):
-    matrix = kernels.rotate(torch.eye(group), group)
+    matrix = rotate(torch.eye(group), group)
     assert torch.allclose(matrix @ matrix.t(), torch.eye(group), atol=1e-6)
     assert torch.allclose(matrix.sum(0).abs(), torch.ones(group), atol=1e-5), "regular: equal sums"
     x = torch.randn(3, 2 * group)
-    assert torch.allclose(kernels.rotate(x, group)[:, group:], kernels.rotate(x[:, group:], group), atol=1e-6)
+    assert torch.allclose(rotate(x, group)[:, group:], rotate(x[:, group:], group), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -195,12 +206,12 @@ def test_a_layer_gives_results_of_the_float_layers_dtype_also_without_a_bias(kin
 def test_merged_layers_are_their_layers_and_share_their_memory(kind):
     parts, x = [kind.from_float(linear(seed=seed)) for seed in range(3)], rows_of(5, 512)
     expected = torch.cat([part(x) for part in parts], dim=1)
-    whole = shared.QuantizedLinear.merged(parts)
+    whole = QuantizedLinear.merged(parts)
     assert torch.equal(whole(x), expected)
     assert torch.equal(torch.cat([part(x) for part in parts], dim=1), expected), "the parts still run"
     assert {part.weight.untyped_storage().data_ptr() for part in parts} == {whole.weight.untyped_storage().data_ptr()}
     with pytest.raises(ValueError, match="one kind"):
-        shared.QuantizedLinear.merged([parts[0], kind.from_float(linear(), 256)])
+        QuantizedLinear.merged([parts[0], kind.from_float(linear(), 256)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -208,14 +219,14 @@ def test_a_pair_is_its_layers_on_their_rows_and_shares_their_memory(kind):
     text, image = ([kind.from_float(linear(outputs=n, seed=seed + n)) for n in (96, 160)] for seed in (0, 1))
     x = rows_of(9, 512)
     expected = torch.cat([torch.cat([m(x[rows]) for m in part], 1) for part, rows in ((text, slice(4)), (image, slice(4, 9)))])
-    pair = shared.QuantizedPair(text, image)
+    pair = QuantizedPair(text, image)
     for first, rows in ((4, slice(9)), (0, slice(4, 9))):
         assert torch.equal(pair(x[rows], first), expected[rows])
     assert torch.equal(torch.cat([m(x[4:]) for m in image], 1), expected[4:]), "the layers still run"
     memory = {m.weight.untyped_storage().data_ptr() for m in (*text, *image, pair.whole, *pair.parts)}
     assert len(memory) == 1
-    assert pair.choice(9, 4, torch.float32).backend == "apart"
-    reader = shared.QuantizedPair([kind.from_float(linear(256, 64))], [kind.from_float(linear(256, 64, seed=1))])
+    assert pair.choice(9, 4, torch.float32).backend == "separate"
+    reader = QuantizedPair([kind.from_float(linear(256, 64))], [kind.from_float(linear(256, 64, seed=1))])
     hidden = F.gelu(expected, approximate="tanh")
     assert sqnr_db(pair.then(reader, x, 4).dequantized(), hidden) > 27
 
@@ -223,12 +234,12 @@ def test_a_pair_is_its_layers_on_their_rows_and_shares_their_memory(kind):
 def test_what_cannot_be_a_pair():
     layers = [Int8Linear.from_float(linear()), Fp8Linear.from_float(linear()), Int8Linear.from_float(linear(), 256)]
     others = [linear(), layers[1], layers[2], Int8Linear.from_float(linear(outputs=128))]
-    assert shared.QuantizedPair.possible([layers[0]], [Int8Linear.from_float(linear())])
-    assert not any(shared.QuantizedPair.possible([layers[0]], [other]) for other in others)
+    assert QuantizedPair.possible([layers[0]], [Int8Linear.from_float(linear())])
+    assert not any(QuantizedPair.possible([layers[0]], [other]) for other in others)
 
 
 def test_limits_bound_every_sum_of_a_pair():
-    pair = shared.QuantizedPair(*([Fp8Linear.from_float(linear(seed=seed))] for seed in range(2)))
+    pair = QuantizedPair(*([Fp8Linear.from_float(linear(seed=seed))] for seed in range(2)))
     x = pair.quantize(rows_of(40, 512)).dequantized()
     for part, (norm, bias) in zip(pair.parts, pair.limits, strict=True):
         weight = Quantized(part.weight.data, part.scale.data).dequantized()
@@ -280,6 +291,34 @@ def test_swapping_reports_what_it_did_and_why_not():
     assert not again.swapped and not set(again.skipped) & set(report.swapped)
 
 
+@pytest.mark.parametrize("door", [int8_linear, fp8_linear], ids=lambda door: door.__name__)
+def test_the_example_in_a_doors_docstring_prints_what_it_says_and_help_describes_what_it_offers(door):
+    results = doctest.testmod(door)
+    assert results.failed == 0 and results.attempted >= 6, results
+    layer = Int8Linear if door is int8_linear else Fp8Linear
+    assert list(inspect.signature(door.swap_linears).parameters) == ["module", "filter", "group", "device"]
+    for documented in (layer, door.swap_linears):
+        assert documented.__module__ == door.__name__, "go-to-definition leads here"
+        text = pydoc.plain(pydoc.render_doc(documented))
+        assert all(word in text for word in ("bfloat16", "Raises", "multiples of 16", layer.__name__)), text
+    public = [getattr(door, name) for name in door.__all__]
+    public += [member for name, member in inspect.getmembers(layer, inspect.isroutine) if name in vars(layer)]
+    assert all(inspect.getdoc(member) for member in public if callable(member))
+
+
+def test_a_layer_itself_is_no_model():
+    with pytest.raises(ValueError, match="Allowed: a module that contains layers"):
+        swap_linears(linear())
+
+
+@pytest.mark.parametrize("answer", [True, False, 1])
+def test_a_filter_that_answers_yes_or_no_is_refused_before_anything_is_swapped(answer):
+    model = nn.Sequential(linear(), linear(256, 64))
+    with pytest.raises(ValueError, match=f"returned {answer}.*Allowed: None"):
+        swap_linears(model, lambda layer, name: None if name == "0" else answer)
+    assert all(type(layer) is nn.Linear for layer in model)
+
+
 def test_a_filter_of_ones_own_and_layers_that_cannot_be_swapped():
     class Special(nn.Linear):
         pass
@@ -298,15 +337,15 @@ def test_a_filter_of_ones_own_and_layers_that_cannot_be_swapped():
 @pytest.mark.parametrize("merged", [False, True])
 def test_saved_and_loaded_it_is_the_same_model(tmp_path, kind, merged):
     model = small_model()
-    shared.swap_linears(model, kind, group=rotate_down_projections)
+    swap_to_kind(model, kind, group=rotate_down_projections)
     if merged:
         attention = model.transformer_blocks[0].attn
-        shared.QuantizedLinear.merged([attention.to_q, attention.to_k, attention.to_v])
-    shared.save_quantized(model, tmp_path / "transformer")
-    again = shared.load_quantized(tmp_path, KINDS, dtype=torch.float32)
+        QuantizedLinear.merged([attention.to_q, attention.to_k, attention.to_v])
+    save_quantized(model, tmp_path / "transformer")
+    again = load_quantized(tmp_path, KINDS, dtype=torch.float32)
     same_weights(again, model)
     same_velocity(again, model)
-    assert shared.is_quantized(tmp_path) == kind.kind
+    assert is_quantized(tmp_path) == kind.kind
 
 
 def test_a_folder_is_quantised_once_file_by_file_as_in_memory(tmp_path):
@@ -317,10 +356,10 @@ def test_a_folder_is_quantised_once_file_by_file_as_in_memory(tmp_path):
     (source / "vae" / "config.json").write_text("{}")
     (source / "model_index.json").write_text("{}")
     assert len(list((source / "transformer").glob("*.safetensors"))) > 1
-    int8_linear.quantize_main(Int8Linear, "", [str(source), str(tmp_path / "out"), "--rotate"])
+    quantize_main(Int8Linear, "", [str(source), str(tmp_path / "out"), "--rotate"])
     expected = small_model()
     swap_linears(expected, group=rotate_down_projections)
-    loaded = shared.load_quantized(tmp_path / "out", KINDS, dtype=torch.float32)
+    loaded = load_quantized(tmp_path / "out", KINDS, dtype=torch.float32)
     same_weights(loaded, expected)
     same_velocity(loaded, expected)
     assert (tmp_path / "out" / "vae" / "config.json").read_text() == "{}"
@@ -328,26 +367,78 @@ def test_a_folder_is_quantised_once_file_by_file_as_in_memory(tmp_path):
         QwenImageTransformer2DModel.from_pretrained(tmp_path / "out" / "transformer")
     for arguments in ([source, tmp_path / "out"], [tmp_path / "out", tmp_path / "new"], [tmp_path, tmp_path / "new"]):
         with pytest.raises(SystemExit):
-            int8_linear.quantize_main(Int8Linear, "", [*map(str, arguments)])
+            quantize_main(Int8Linear, "", [*map(str, arguments)])
 
 
 def test_files_that_do_not_fit_their_note_are_refused(tmp_path):
     model = small_model()
     swap_linears(model)
     folder = tmp_path / "transformer"
-    shared.save_quantized(model, folder)
+    save_quantized(model, folder)
     with pytest.raises(ValueError, match=r"int8.*Allowed: fp8"):
-        shared.load_quantized(tmp_path, [Fp8Linear])
-    note = json.loads((folder / shared.NOTE).read_text())
-    (folder / shared.NOTE).write_text(json.dumps(note | {"kind": "fp8"}))
+        load_quantized(tmp_path, [Fp8Linear])
+    note = json.loads((folder / NOTE).read_text())
+    (folder / NOTE).write_text(json.dumps(note | {"kind": "fp8"}))
     with pytest.raises(ValueError, match="int8"):
-        shared.load_quantized(tmp_path, KINDS)
-    (folder / shared.NOTE).write_text(json.dumps(note))
-    next(folder.glob(shared.FILES)).unlink()
+        load_quantized(tmp_path, KINDS)
+    (folder / NOTE).write_text(json.dumps(note))
+    next(folder.glob(FILES)).unlink()
     with pytest.raises(ValueError, match="lack"):
-        shared.load_quantized(tmp_path, KINDS)
+        load_quantized(tmp_path, KINDS)
     with pytest.raises(ValueError, match="one kind"):
-        shared.save_quantized(small_model(), folder)
+        save_quantized(small_model(), folder)
+
+
+def saved(tmp_path: Path) -> Path:
+    model = small_model()
+    swap_linears(model)
+    save_quantized(model, tmp_path / "transformer")
+    return tmp_path / "transformer"
+
+
+@pytest.mark.parametrize("note", ["", "{", "[]", "{}", '{"kind": "int8"}', '{"kind": "int8", "layers": []}', '{"kind": 8, "layers": {}}',
+    '{"kind": "int8", "layers": {"transformer_blocks.0.attn.to_q": "16"}}', '{"kind": "int8", "layers": {"nothing.like.it": 0}}',
+    '{"kind": "int8", "layers": {"transformer_blocks.0": 0}}', '{"kind": "int8", "layers": {"transformer_blocks.0.attn.to_q": 7}}'])  # fmt: skip
+def test_a_note_that_says_nothing_or_nonsense_is_refused_in_a_sentence(tmp_path, note):
+    (saved(tmp_path) / NOTE).write_text(note)
+    with pytest.raises(QuantizationError, match=r"quantization\.json|rotated by 7"):
+        load_quantized(tmp_path, KINDS)
+
+
+@pytest.mark.parametrize("damage", ["cut", "no safetensors", "other shapes", "no config", "config no JSON"])
+def test_a_damaged_quantised_folder_is_refused_in_a_sentence_that_names_the_file(tmp_path, damage):
+    folder = saved(tmp_path)
+    file, config = next(folder.glob(FILES)), folder / "config.json"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-1000])
+    elif damage == "no safetensors":
+        file.write_bytes(b"PK not at all")
+    elif damage == "other shapes":
+        tensors = load_file(file)
+        tensors["proj_out.weight"] = tensors["proj_out.weight"][:-1].clone()
+        save_file(tensors, file)
+    elif damage == "no config":
+        config.unlink()
+    else:
+        config.write_text("{")
+    with pytest.raises(QuantizationError, match=re.escape(str(file if damage in ("cut", "no safetensors", "other shapes") else config))):
+        load_quantized(tmp_path, KINDS)
+
+
+@pytest.mark.parametrize("wrong", ["a file is missing", "within itself", "itself", "a file is there"])
+def test_what_cannot_be_quantised_as_a_folder_is_refused_before_anything_is_written(tmp_path, wrong):
+    source = tmp_path / "model"
+    small_model().save_pretrained(source / "transformer", max_shard_size="500KB")
+    (source / "model_index.json").write_text("{}")
+    out = {"within itself": source / "int8", "itself": source}.get(wrong, tmp_path / "out")
+    if wrong == "a file is missing":
+        sorted((source / "transformer").glob("*.safetensors"))[-1].unlink()
+    if wrong == "a file is there":
+        out.write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(QuantizationError, match="lack" if wrong == "a file is missing" else "Allowed"):
+        quantize_folder(source, out, Int8Linear)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # --- the pocket model -----------------------------------------------------------------------------------------------
@@ -364,7 +455,7 @@ def test_the_pocket_models_pictures_stay_the_same(kind):
         return [edit_picture(pipeline, [source], split(edit)[1][0], 256, 2) for edit in edits]
 
     before = pictures()
-    shared.swap_linears(pipeline.transformer, kind)
+    swap_to_kind(pipeline.transformer, kind)
     after = pictures()
     values = [psnr(a, b) for a, b in zip(after, before, strict=True)]
     assert min(values) > 35, values

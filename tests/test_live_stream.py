@@ -27,6 +27,7 @@ from benchmarks.live_view import (
     serving,
     write_film,
 )
+from engine.fitting import size_in_shape
 from pipeline.images import encode_png
 from qwen_realtime import EditParams, EditResult, EngineConfig, RealtimeEngine
 from server import EngineHolder
@@ -404,6 +405,24 @@ def test_what_was_recorded_is_a_video_that_can_be_the_source_and_is_never_upload
     drop(page, "broken.png", "image/png", b"no picture")
     page.get_by_role("button", name="Start", exact=True).click()
     expect(page.locator(".message")).to_contain_text("not a picture that this browser can open")
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (97, 161), (640, 128)])
+def test_a_source_of_any_shape_is_sent_and_shown_whole_in_its_own_shape(view, shape):
+    across, down = np.meshgrid(*(np.linspace(0, 255, side) for side in shape))
+    picture = np.stack([across, down, np.full_like(down, 128)], axis=2).astype(np.uint8)
+    page = view()
+    drop(page, "odd.png", "image/png", encode_png(picture))
+    width, height = size_in_shape(shape, SIDE)
+    page.wait_for_function(
+        "([w, h]) => { const c = document.querySelector('.edited'); return c.width === w && c.height === h; }",
+        arg=[width, height],
+    )
+    await_frames(page, 3)
+    shown = pixels(page, ".edited").astype(int)
+    assert shown.shape == (height, width, 3)
+    corners = shown[[2, 2, -3, -3], [2, -3, 2, -3], :2]
+    assert np.abs(corners - [[0, 0], [255, 0], [0, 255], [255, 255]]).max() < 16, "nothing is cut: JPEG and 2 pixels"
 
 
 # What is kept

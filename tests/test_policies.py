@@ -77,6 +77,51 @@ def test_two_black_pictures_are_alike():
     assert similarity("frame", black, black) == similarity("patch", black, black) == 1.0
 
 
+def flat(level: float) -> np.ndarray:
+    return np.full((64, 64, 3), level, np.float32)
+
+
+def lit(share: float, noise: float = 0.0, seed: int = 0) -> np.ndarray:
+    """The room's thumbnail in so much of its light."""
+    shown = room() * share + np.random.default_rng(seed).normal(0, 1, (64, 64, 3)) * noise
+    return shown.clip(0, 255).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "what, before, now",
+    [
+        ("a scene after black", flat(0), lit(1)),
+        ("black after a scene", lit(1), flat(0)),
+        ("a lamp switched off", lit(1), lit(0.5)),
+        ("a lamp switched on", lit(0.5), lit(1)),
+        ("grey after black", flat(0), flat(128)),
+        ("lighter grey", flat(100), flat(110)),
+        ("white after black", flat(0), flat(255)),
+        ("red light in place of blue", flat(40) + np.array([60, 0, 0]), flat(40) + np.array([0, 0, 60])),
+        ("an exposure one stop up", lit(0.4), lit(0.8)),
+        ("fog: half of the contrast at the same brightness", lit(1), (lit(1) + lit(1).mean()) / 2),
+        ("the negative", lit(1), 255 - lit(1)),
+    ],
+)
+@pytest.mark.parametrize("measure", ["frame", "patch"])
+def test_brightness_counts_in_both_measures(measure, what, before, now):
+    assert similarity(measure, now.astype(np.float32), before.astype(np.float32)) < 0.98, what
+
+
+@pytest.mark.parametrize("level", [0, 20, 127.5, 128, 240, 255])
+def test_an_even_picture_with_a_cameras_noise_is_alike_itself(level):
+    pictures = [(flat(level) + np.random.default_rng(seed).normal(0, 1, (64, 64, 3))).astype(np.float32) for seed in (1, 2)]
+    for measure in ("frame", "patch"):
+        assert similarity(measure, *pictures) > 0.99, (measure, level)
+
+
+def test_a_small_bright_thing_is_seen_by_patches():
+    before, now = flat(0), flat(0)
+    before[10:14, 10:14] = now[10:14, 40:44] = 255
+    assert similarity("patch", now, before) <= 0.5
+    assert similarity("frame", now, before) < 0.99, "a hundredth of the picture, moved"
+
+
 def test_a_frame_is_skipped_with_the_probability_of_the_formula():
     draws = np.random.default_rng(0).random(20_000)
     for alike, threshold, expected in ((0.99, 0.98, 0.5), (0.995, 0.98, 0.75), (1.0, 0.98, 1.0), (0.97, 0.98, 0.0)):

@@ -7,15 +7,20 @@ from support.models import sqnr_db
 from torch import nn
 
 from fast_path.graphs import Graphs
-from fast_path.kernels import residual_norm_modulate
+from fast_path.kernels import residual_norm_modulate, residual_norm_modulate_quantize
 from fp8_linear import Fp8Linear
 from int8_linear import Int8Linear
-from quantization import kernels as kernels
-from quantization import layer as shared
-from quantization.kernels import Quantized
+from quantization.choices import Choices, row_bucket
+from quantization.languages import triton
+from quantization.layer import QuantizedLinear
+from quantization.pair import QuantizedPair
+from quantization.products import multiply
+from quantization.rows import Quantized, quantize_rows, quantize_rows_torch
+from quantization.swap import swap_linears
+from quantization.tiles import CANDIDATES, PAIR_CANDIDATES, Config, fits
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or kernels.triton is None, reason="needs a CUDA GPU and Triton"
+    not torch.cuda.is_available() or triton is None, reason="needs a CUDA GPU and Triton"
 )
 SHAPES = [(1, 3072, 3072), (17, 256, 768), (220, 12288, 3072), (513, 3072, 9216), (100, 272, 80)]
 
@@ -25,7 +30,7 @@ def linear(inputs=3072, outputs=3072) -> nn.Linear:
     return nn.Linear(inputs, outputs, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
 
 
-def whole_numbers(config: kernels.Config, *shapes: tuple[int, int]) -> tuple[list[torch.Tensor], torch.dtype]:
+def whole_numbers(config: Config, *shapes: tuple[int, int]) -> tuple[list[torch.Tensor], torch.dtype]:
     """int8 matrices, and a dtype that holds all sums of their products exactly.
 
     Shared memory has no room for the largest tiles' float32 results: theirs are bfloat16, of few ones and many zeros.
@@ -37,12 +42,12 @@ def whole_numbers(config: kernels.Config, *shapes: tuple[int, int]) -> tuple[lis
     return [t.to(torch.int8) for t in some], torch.bfloat16
 
 
-def usable(config: kernels.Config, rows: int) -> bool:
-    return kernels.fits(config, shared.row_bucket(rows), torch.device("cuda"))
+def usable(config: Config, rows: int) -> bool:
+    return fits(config, row_bucket(rows), torch.device("cuda"))
 
 
 @pytest.mark.parametrize("rows, inputs, outputs", SHAPES)
-@pytest.mark.parametrize("config", kernels.CANDIDATES, ids=str)
+@pytest.mark.parametrize("config", CANDIDATES, ids=str)
 def test_integer_sums_are_exact(config, rows, inputs, outputs):
     if not usable(config, rows):
         pytest.skip("not for this shape or this GPU")
@@ -50,12 +55,12 @@ def test_integer_sums_are_exact(config, rows, inputs, outputs):
     exact = torch._int_mm(F.pad(a, (0, 0, 0, max(0, 17 - rows))), b.t())[:rows]
     ones = torch.ones(max(rows, outputs), device="cuda")
     out = torch.full((rows, outputs), float("nan"), device="cuda", dtype=dtype)
-    kernels.multiply(Quantized(a, ones[:rows]), Quantized(b, ones[:outputs]), None, out, config)
+    multiply(Quantized(a, ones[:rows]), Quantized(b, ones[:outputs]), None, out, config)
     assert torch.equal(out.float(), exact.float())
 
 
 @pytest.mark.parametrize("rows, first, inputs, outputs", [(732, 220, 3072, 768), (300, 1, 12288, 272), (65, 64, 80, 96)])
-@pytest.mark.parametrize("config", dict.fromkeys((*kernels.CANDIDATES, *kernels.PAIR_CANDIDATES)), ids=str)
+@pytest.mark.parametrize("config", dict.fromkeys((*CANDIDATES, *PAIR_CANDIDATES)), ids=str)
 def test_two_weights_in_one_launch_are_exact(config, rows, first, inputs, outputs):
     if not usable(config, rows):
         pytest.skip("not for this shape or this GPU")
@@ -65,25 +70,25 @@ def test_two_weights_in_one_launch_are_exact(config, rows, first, inputs, output
     ones = torch.ones(max(rows, 2 * outputs), device="cuda")
     x, weight = Quantized(a, ones[:rows]), Quantized(b, ones[: 2 * outputs])
     out = torch.full((rows, outputs), float("nan"), device="cuda", dtype=dtype)
-    assert torch.equal(kernels.multiply(x, weight, None, out, config, first=first).float(), exact)
+    assert torch.equal(multiply(x, weight, None, out, config, first=first).float(), exact)
 
 
-def pair_of(kind, inputs=3072, outputs=768) -> shared.QuantizedPair:
-    return shared.QuantizedPair(*([kind.from_float(linear(inputs, outputs))] for _ in range(2)))
+def pair_of(kind, inputs=3072, outputs=768) -> QuantizedPair:
+    return QuantizedPair(*([kind.from_float(linear(inputs, outputs))] for _ in range(2)))
 
 
 @pytest.mark.parametrize("kind", [Int8Linear, Fp8Linear])
 def test_a_pair_is_its_two_layers_and_says_how_it_runs(kind, monkeypatch):
-    monkeypatch.setattr(shared, "_measured", {})
+    monkeypatch.setattr(QuantizedPair, "choices", Choices({}))
     pair, x = pair_of(kind), torch.randn(300, 3072, device="cuda", dtype=torch.bfloat16)
     rows = pair.quantize(x)
     expected = torch.cat([pair.parts[0](rows.part(slice(0, 70))), pair.parts[1](rows.part(slice(70, None)))])
-    together = pair._multiply(rows, 70, torch.empty_like(expected), pair.choice(300, 70, x.dtype).config, False)
-    for got in (pair(x, 70), together):
+    joint = pair.multiply(rows, 70, torch.empty_like(expected), pair.choice(300, 70, x.dtype).config, False)
+    for got in (pair(x, 70), joint):
         assert sqnr_db(got, expected) > 50, "bfloat16 once"
-    assert pair.choice(300, 70, x.dtype).reason.startswith("measured here: together")
+    assert pair.choice(300, 70, x.dtype).reason.startswith("measured here: joint")
     monkeypatch.setattr(kind, "forced", "triton")
-    assert pair.choice(300, 70, x.dtype).backend == "apart"
+    assert pair.choice(300, 70, x.dtype).backend == "separate"
 
 
 @pytest.mark.parametrize("outliers", [False, True])
@@ -117,8 +122,8 @@ def test_the_integer_reference_is_exact_itself():
 def test_rows_are_quantised_as_defined(eight_bit, width, group, gelu):
     x = torch.randn(37, width, device="cuda", dtype=torch.bfloat16)
     x[3], x[5, 0] = 0.0, 100.0
-    got = kernels.quantize_rows(x, eight_bit, group, gelu)
-    expected = kernels._quantize_rows_torch(x, eight_bit, group, gelu)
+    got = quantize_rows(x, eight_bit, group, gelu)
+    expected = quantize_rows_torch(x, eight_bit, group, gelu)
     if not group and not gelu:
         assert torch.equal(got.values.float(), expected.values.float()) and torch.equal(got.scales, expected.scales)
     # Rotations are multiplied in TF32, 10 bits behind the point: a few roundings to 8 bits fall to the other side.
@@ -133,8 +138,8 @@ def test_norm_and_modulation_end_in_8_bits(eight_bit, with_y):
     a, b, kinds = x.clone(), x.clone(), torch.randint(3, (732,), device="cuda", dtype=torch.int32)
     y = y if with_y else None
     normed = residual_norm_modulate(a, y, table[2], table[3], table[4], kinds, 1e-6)
-    expected = kernels.quantize_rows(normed, eight_bit)
-    got = kernels.residual_norm_modulate_quantize(b, y, table[2], table[3], table[4], kinds, 1e-6, eight_bit)
+    expected = quantize_rows(normed, eight_bit)
+    got = residual_norm_modulate_quantize(b, y, table[2], table[3], table[4], kinds, 1e-6, eight_bit)
     assert torch.equal(a, b)
     # The same arithmetic compiled twice: the norm may differ in its last bit.
     assert sqnr_db(got.dequantized(), expected.dequantized()) > 50
@@ -162,14 +167,13 @@ def test_every_backend_is_near_the_float_layer(kind, rows, outliers):
 
 @pytest.mark.parametrize("kind", [Int8Linear, Fp8Linear])
 def test_the_choice_is_measured_once_says_why_and_is_recorded(kind, monkeypatch):
-    monkeypatch.setattr(shared, "_measured", {})
-    monkeypatch.setattr(shared, "TABLE", {})
+    monkeypatch.setattr(QuantizedLinear, "choices", Choices({}))
     made, graphs = kind.from_float(linear()), Graphs()
     x = torch.randn(512, 3072, device="cuda", dtype=torch.bfloat16)
     expected = graphs.run("layer", made, x)
     choice = made.choice(512, x.dtype)
     assert choice.reason.startswith("measured here") and "us" in choice.reason
-    monkeypatch.setattr(kind, "_measure", None)  # a second measurement would fail
+    monkeypatch.setattr(kind, "measure", None)  # a second measurement would fail
     assert made.choice(300, x.dtype) == choice
     assert torch.equal(graphs.run("layer", made, x), expected), "replayed"
     assert graphs.recordings == 1
@@ -179,7 +183,7 @@ def test_moving_to_the_gpu_layer_by_layer_leaves_no_float_copy_there():
     model = nn.Sequential(*(nn.Linear(2048, 2048, dtype=torch.bfloat16) for _ in range(16)))
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    report = shared.swap_linears(model, Int8Linear, device="cuda")
+    report = swap_linears(model, Int8Linear, device="cuda")
     peak = torch.cuda.max_memory_allocated() - before
     assert len(report.swapped) == 16
     # The 8-bit weights, and one layer in bfloat16 with its float32 intermediates.
@@ -189,10 +193,9 @@ def test_moving_to_the_gpu_layer_by_layer_leaves_no_float_copy_there():
 def test_on_an_h200_the_table_stands_for_a_measurement(monkeypatch):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the table is Hopper's")
-    made, config = Int8Linear.from_float(linear()), kernels.CANDIDATES[0]
-    monkeypatch.setattr(shared, "_measured", {})
-    monkeypatch.setattr(shared, "TABLE", {("int8", 512, 3072, 3072): ("triton", config)})
-    monkeypatch.setattr(Int8Linear, "_measure", None)
+    made, config = Int8Linear.from_float(linear()), CANDIDATES[0]
+    monkeypatch.setattr(QuantizedLinear, "choices", Choices({("int8", 512, 3072, 3072): ("triton", config)}))
+    monkeypatch.setattr(Int8Linear, "measure", None)
     choice = made.choice(400, torch.bfloat16)
     assert choice[:2] == ("triton", config) and "table" in choice.reason
     x = torch.randn(400, 3072, device="cuda", dtype=torch.bfloat16)

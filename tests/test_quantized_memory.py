@@ -8,15 +8,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import int8_linear
-from cached_pipeline import load_pipeline
+from cached_pipeline import QUANTIZATIONS, load_pipeline
 from fast_path import modulation
 from fast_path.modulation import Modulations
 from fast_path.transformer import FusedTransformer
 from int8_linear import Int8Linear
-from pipeline import loading
+from pipeline import placement
+from pipeline.folder import POCKET_FOLDER
+from pipeline.quantize import quantize_main
 from pipeline.vision_language import word_rows
-from quantization import layer as shared
+from quantization import layer
+from quantization.pair import QuantizedPair
+from quantization.swap import PACKED_GROUPS, swap_linears
 
 META = torch.device("meta")
 CHUNK = 2**13  # numbers quantised at a time: as small beside the pocket model as the real one beside the real model
@@ -56,7 +59,7 @@ class Held(TorchDispatchMode):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(shared, "_CHUNK", CHUNK)
+    monkeypatch.setattr(layer, "CHUNK", CHUNK)
 
 
 def on_meta(module: nn.Module) -> int:
@@ -75,11 +78,11 @@ def test_the_count_sees_what_lies_there_at_the_same_time():
         assert held.begin() == 0
 
 
-@pytest.mark.parametrize("kind", loading.QUANTIZATIONS)
+@pytest.mark.parametrize("kind", QUANTIZATIONS.values())
 def test_loading_never_holds_more_than_what_stays_and_some_rows(kind, small_chunks):
     pipeline = load_pipeline("pocket")
     with Held() as held:
-        loading.finish(pipeline, META, (None, 1.0), kind, "int8", lambda *_: None)
+        placement.finish(pipeline, META, (None, 1.0), {"transformer": kind, "text_encoder": Int8Linear}, lambda *_: None)
         stays, most = held.begin(), held.most
     parts = (pipeline.transformer, pipeline.text_encoder, pipeline.vae)
     assert stays == pytest.approx(sum(map(on_meta, parts)), rel=0.01)
@@ -89,18 +92,18 @@ def test_loading_never_holds_more_than_what_stays_and_some_rows(kind, small_chun
 
 
 def test_a_quantised_folder_goes_there_without_a_second_copy_of_anything(tmp_path):
-    int8_linear.quantize_main(Int8Linear, "", [str(loading.POCKET_FOLDER), str(tmp_path)])
+    quantize_main(Int8Linear, "", [str(POCKET_FOLDER), str(tmp_path)])
     pipeline = load_pipeline(str(tmp_path))
     with Held() as held:
-        loading.place(pipeline, META)
+        placement.place(pipeline, META)
         stays, most = held.begin(), held.most
     assert most == stays == pytest.approx(on_meta(pipeline.transformer) + on_meta(pipeline.text_encoder) + on_meta(pipeline.vae))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_fast_path_finds_the_layers_side_by_side_and_moves_nothing(kind):
+def test_the_fast_path_finds_the_layers_packed_and_moves_nothing(kind):
     model = small_model()
-    shared.swap_linears(model, kind)
+    swap_linears(model, kind)
     before = {name: p.untyped_storage()._cdata for name, p in model.named_parameters()}
     blocks = len(model.transformer_blocks)
     eight_bit = {before[name] for name, p in model.named_parameters() if p.dtype.itemsize == 1}
@@ -109,20 +112,20 @@ def test_the_fast_path_finds_the_layers_side_by_side_and_moves_nothing(kind):
     assert {name: p.untyped_storage()._cdata for name, p in model.named_parameters()} == before
 
 
-def test_layers_that_lie_apart_are_laid_together_one_pair_at_a_time():
+def test_layers_in_buffers_of_their_own_are_packed_into_one_pair_by_pair():
     blocks = small_model().transformer_blocks.to(META)
     made = {n: Int8Linear.from_float(m) for n, m in blocks.named_modules() if isinstance(m, nn.Linear)}
     layers = [
         [[made[f"{i}.{name}"] for name in names[: len(names) // 2]], [made[f"{i}.{name}"] for name in names[len(names) // 2 :]]]
         for i in range(len(blocks))
-        for names in shared.TOGETHER[:4]
+        for names in PACKED_GROUPS[:4]
     ]  # fmt: skip
     weights = [p for pair in layers for half in pair for layer in half for p in layer.parameters()]
     assert len({p.untyped_storage()._cdata for p in weights}) == len(weights) == 3 * 12 * len(blocks)
     with Held() as held:
         before = held.begin(*weights)
         del weights, made
-        pairs = [shared.QuantizedPair(*pair) for pair in layers]
+        pairs = [QuantizedPair(*pair) for pair in layers]
         assert held.now == before, "nothing is held twice"
         assert before < held.most <= before + max(sum(p.nbytes for p in pair.whole.parameters()) for pair in pairs)
 

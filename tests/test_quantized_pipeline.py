@@ -2,15 +2,17 @@
 
 import pytest
 import torch
-from support.models import KINDS, LAYOUTS, inputs, same_weights, small_model, sqnr_db, stock, write_lora
+from support.lora_files import write_lora
+from support.models import KINDS, LAYOUTS, inputs, same_weights, small_model, sqnr_db, stock
 
-import int8_linear
 from cached_pipeline import load_pipeline
 from fast_path.transformer import FusedTransformer
 from int8_linear import Int8Linear
-from pipeline import loading
+from pipeline import placement
+from pipeline.folder import POCKET_FOLDER
 from pipeline.images import EditError
-from quantization.layer import default_filter, swap_linears
+from pipeline.quantize import quantize_main
+from quantization.swap import default_filter, swap_linears
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,7 +56,7 @@ def picture(pipeline, photo) -> torch.Tensor:
 
 
 def test_a_quantised_folder_loads_as_it_is_and_is_what_quantising_while_loading_gives(tmp_path, photo):
-    int8_linear.quantize_main(Int8Linear, "", [str(loading.POCKET_FOLDER), str(tmp_path)])
+    quantize_main(Int8Linear, "", [str(POCKET_FOLDER), str(tmp_path)])
     stored, made = load_pipeline(str(tmp_path)), load_pipeline("pocket", quantize="int8")
     assert stored.description["quantized"] == made.description["quantized"] == "int8"
     same_weights(stored.transformer, made.transformer)
@@ -80,7 +82,7 @@ def test_the_text_encoder_too(photo):
     exact = pipeline.encode_prompt("negative", photo(64, 64))[0]
     quantised = load_pipeline("pocket", text_encoder_quantize="int8")
     assert (
-        loading.quantization(quantised.text_encoder) == "int8" and loading.quantization(quantised.transformer) is None
+        placement.quantization(quantised.text_encoder) == "int8" and placement.quantization(quantised.transformer) is None
     )
     assert sqnr_db(quantised.encode_prompt("negative", photo(64, 64))[0], exact) > 25
     stock = quantised.encode_prompt("negative", photo(64, 64))[0]
@@ -107,8 +109,8 @@ def test_a_lora_is_fused_before_a_model_is_quantised(tmp_path, pocket):
     started = load_pipeline("pocket", lora=str(lora), lora_weight=0.5, quantize="int8", dtype=torch.bfloat16)
     same_weights(started.transformer, expected)
     assert started.description["lora"] == str(lora)
-    arguments = [str(loading.POCKET_FOLDER), str(tmp_path / "out"), "--lora", str(lora), "--lora-weight", "0.5"]
-    int8_linear.quantize_main(Int8Linear, "", arguments)
+    arguments = [str(POCKET_FOLDER), str(tmp_path / "out"), "--lora", str(lora), "--lora-weight", "0.5"]
+    quantize_main(Int8Linear, "", arguments)
     stored = load_pipeline(str(tmp_path / "out"), dtype=torch.bfloat16)
     same_weights(stored.transformer, expected)
     assert stored.description["scheduler"] == "lightning"
@@ -119,8 +121,8 @@ def test_what_a_frame_does_not_read_stays_off_the_gpu(parts):
     """With the meta device in the GPU's place."""
     names = {"transformer": "quantize", "text_encoder": "text_encoder_quantize"}
     pipeline = load_pipeline("pocket", **{names[part]: "int8" for part in parts})
-    loading.place(pipeline, torch.device("meta"))
+    placement.place(pipeline, torch.device("meta"))
     for part in ("transformer", "text_encoder", "vae"):
         for name, tensor in [*getattr(pipeline, part).named_parameters(), *getattr(pipeline, part).named_buffers()]:
-            stays = part in parts and any(unread in name for unread in loading.UNREAD)
+            stays = part in parts and any(unread in name for unread in placement.UNREAD)
             assert tensor.is_meta != stays, name

@@ -161,9 +161,11 @@ def test_a_picture_of_another_form_is_refused(engine, bad):
 
 def test_open_sizes_take_the_default_and_the_largest_output_is_bounded(fake):
     with RealtimeEngine(fake, EngineConfig(default_size=128, max_pixels=128 * 128)) as engine:
-        assert engine.edit([grey()], edit(height=64), timeout=PATIENCE_S).image.shape == (64, 128, 3)
+        assert engine.edit([grey()], edit(), timeout=PATIENCE_S).image.shape == (128, 128, 3)
+        assert engine.edit([grey(width=128, height=64)], edit(height=64), timeout=PATIENCE_S).image.shape == (64, 128, 3)
+        assert engine.edit([grey(width=100, height=67)], edit(), timeout=PATIENCE_S).image.shape == (105, 156, 3)
         with pytest.raises(EditError, match=r"256x128, 32,768 pixels. Allowed: 16,384"):
-            engine.edit([grey()], edit(width=256))
+            engine.edit([grey(width=128, height=64)], edit(width=256))
 
 
 def test_cfg_encodes_the_negative_prompt_and_an_empty_one_as_a_space(engine, fake):
@@ -178,7 +180,7 @@ def test_the_reference_area_reaches_the_pipeline(engine, fake):
     engine.edit([grey(width=192)], edit(width=96, height=80), timeout=PATIENCE_S)
     engine.edit([grey(width=192)], edit(width=96, height=80, reference_area="stock"), timeout=PATIENCE_S)
     assert [call[1:] for call in fake.calls if call[0] == "references"] == [
-        ([(80, 96, 3)], 96 * 80, 96, 80), ([(64, 192, 3)], None, 96, 80)
+        ([(80, 96, 3)], "output", 96, 80), ([(64, 77, 3)], None, 96, 80)
     ]  # fmt: skip
 
 
@@ -614,6 +616,16 @@ def test_any_change_of_prompt_or_setting_or_size_computes_a_frame(fake):
         for change in changes:
             results = serve(session, (grey(), first), (grey(), first), (grey(), first.replace(**change)))
             assert [result.skipped for result in results[1:]] == [True, False], change
+
+
+@pytest.mark.parametrize("measure", ["frame", "patch"])
+def test_a_scene_after_two_black_frames_and_a_lamp_that_goes_out_are_computed_at_once(fake, measure):
+    scene = np.random.default_rng(0).integers(60, 200, (64, 64, 3)).astype(np.uint8)
+    black, dim = np.zeros_like(scene), scene // 3
+    params = edit(skip_similar=measure)
+    with RealtimeEngine(fake, draw=lambda: 0.0) as engine, engine.open_session() as session:
+        results = serve(session, *[(picture, params) for picture in (black, black, scene, scene, dim, dim)])
+    assert [result.skipped for result in results] == [False, True] * 3
 
 
 def test_a_still_picture_is_computed_again_after_the_most_skips(fake):

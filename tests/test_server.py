@@ -20,7 +20,7 @@ from websockets.sync.client import connect
 
 from pipeline.images import EditError, encode_png, open_image
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
-from server import MAX_BODY_BYTES, EngineHolder, create_routes, output_size, parse_edit, plain, read_json
+from server import MAX_BODY_BYTES, EngineHolder, create_routes, parse_edit, plain, read_json
 
 
 @pytest.fixture
@@ -42,21 +42,6 @@ def address(engine):
 
 
 # The helpers
-
-
-@pytest.mark.parametrize("width, height", [(1920, 1080), (1080, 1920), (640, 480), (1000, 1000), (37, 41), (5000, 25)])
-@pytest.mark.parametrize("side", [128, 256, 512])
-def test_output_size_keeps_shape_and_area_in_multiples_of_16(width, height, side):
-    w, h = output_size(width, height, side)
-    assert w % 16 == 0 and h % 16 == 0 and min(w, h) >= 64 and max(w, h) <= 2048
-    if max(width, height) < 3 * min(width, height):
-        assert abs(np.log((w / h) / (width / height))) < 0.08, (w, h)  # 16 pixels in 256 are 6 %, halved by choice
-        assert 0.85 < w * h / side**2 < 1.15, (w, h)
-    EditParams(prompt="x", width=w, height=h)
-
-
-def test_a_square_picture_gets_exactly_the_side_asked_for():
-    assert output_size(777, 777, 256) == (256, 256)
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "[1]", '"text"', '{"a": NaN}', '{"a": -Infinity}', "[" * 100_000,
@@ -97,12 +82,7 @@ def test_edit_answers_the_edited_picture_at_its_own_shape(address, photo):
     picture = photo(96, 64)
     answer = post(address, {"image": b64(picture), "prompt": "negative", "seed": 7}).json()
     image = open_image(base64.b64decode(answer["image"]))
-    width, height = output_size(96, 64, 64)
-    assert image.shape == (height, width, 3) and (answer["width"], answer["height"], answer["seed"]) == (
-        width,
-        height,
-        7,
-    )
+    assert image.shape == (52, 78, 3) and (answer["width"], answer["height"], answer["seed"]) == (78, 52, 7)
     assert set(answer["stages_ms"]) >= {"encode_prompt", "denoise", "decode", "total"}
 
 
@@ -116,10 +96,13 @@ def test_edit_is_exact_as_png_and_smaller_as_jpeg_and_takes_a_data_url(address, 
 
 def test_pictures_wait_for_the_model_at_the_outputs_size(photo):
     body = {"image": b64(photo(640, 320)), "ref_image": b64(photo(100, 300)), "prompt": "x"}
-    images, params, _ = parse_edit(json.dumps(body).encode(), 64)
-    assert [image.shape for image in images] == [(params.height, params.width, 3)] * 2
-    images, _, _ = parse_edit(json.dumps(body | {"reference_area": "stock"}).encode(), 64)
-    assert [image.shape for image in images] == [(320, 640, 3), (300, 100, 3)]
+    pictures, _, _ = parse_edit(json.dumps(body).encode(), 64)
+    assert pictures.size == (91, 46)
+    assert [image.shape for image in pictures.images] == [(46, 91, 3), (112, 37, 3)], "each in its own shape"
+    pictures, _, _ = parse_edit(json.dumps(body | {"blend_ratio": 0.5}).encode(), 64)
+    assert [image.shape for image in pictures.images] == [(46, 91, 3)] * 2
+    pictures, _, _ = parse_edit(json.dumps(body | {"reference_area": "stock"}).encode(), 64)
+    assert [image.shape for image in pictures.images] == [(320, 640, 3), (300, 100, 3)]
 
 
 @pytest.mark.parametrize(
@@ -132,6 +115,27 @@ def test_a_second_picture_is_blended_if_a_ratio_is_given_and_a_reference_if_not(
     assert answer.status_code == 200, answer.text
     assert len(stub.references[-1]) == (1 if mode == "blend" else 2)
     assert int(stub.references[-1][0][0, 0, 0]) == value
+
+
+def test_three_pictures_are_three_references_each_whole(address, stub):
+    body = {"image": b64(grey(200)), "ref_image": b64(grey(100)), "ref_image_2": b64(grey(50)), "prompt": "keep"}
+    for extra in ({}, {"mode": "references"}, {"blend_ratio": 0.25}):
+        answer = post(address, body | extra)
+        assert answer.status_code == 200, answer.text
+        assert [int(picture[0, 0, 0]) for picture in stub.references[-1]] == [200, 100, 50]
+    for extra, says in (({"mode": "blend"}, "Three pictures"), ({"mode": "edit"}, "Three pictures"),
+                        ({"ref_image": None}, '"ref_image_2" came without "ref_image"')):  # fmt: skip
+        answer = post(address, body | extra)
+        assert answer.status_code == 400 and says in answer.json()["error"], answer.text
+
+
+def test_what_is_cut_or_padded_is_said_in_json_and_in_a_header(address, photo):
+    body = {"image": b64(photo(96, 64)), "prompt": "negative", "width": 64, "height": 64}
+    note = "fit: picture 1 of 96x64 was cut to the shape of 64x64"
+    assert post(address, body).json()["notes"] == [note]
+    bytes_answer = httpx.post(f"http://{address}/edit", json=body, headers={"Accept": "image/png"})
+    assert bytes_answer.headers["x-notes"] == note
+    assert post(address, body | {"height": None}).json()["notes"] == []
 
 
 @pytest.mark.parametrize(
@@ -147,7 +151,7 @@ def test_a_second_picture_is_blended_if_a_ratio_is_given_and_a_reference_if_not(
         ({"prompt": "x" * 2001}, "2000"),
         ({"steps": 9}, "1 to 8"),
         ({"steps": True}, "1 to 8"),
-        ({"width": 65}, "multiple of 16"),
+        ({"width": 65.5}, "whole number from 1 to 2048"),
         ({"width": 100_000}, "2048"),
         ({"blend_ratio": 1.5}, "0.0 to 1.0"),
         ({"fit": "stretch"}, "crop, pad"),
@@ -292,6 +296,15 @@ def test_a_bad_message_is_answered_with_an_error_and_the_stream_goes_on(address,
         browser.frame(2, grey(10))
         result = browser.until("picture")
     assert result["number"] == 2 and result["meta"]["prompt"] == "negative"
+
+
+@pytest.mark.parametrize("size, shape", [({}, (45, 90)), ({"width": 75}, (38, 75)), ({"height": 75}, (75, 148))])
+def test_a_live_frame_without_a_size_or_with_one_side_keeps_its_shape(address, photo, size, shape):
+    with Browser(address) as browser:
+        browser.params(prompt="keep", **size)
+        browser.frame(1, photo(97, 49))
+        result = browser.until("picture")
+    assert result["image"].shape == (*shape, 3) and result["meta"]["notes"] == []
 
 
 def test_stop_frees_the_session_sends_no_more_and_a_new_frame_starts_again(address, engine, stub):

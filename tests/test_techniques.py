@@ -14,7 +14,7 @@ from benchmarks.tables import quantized_tables, tables, technique_tables, write_
 from benchmarks.techniques import TECHNIQUES, WARMUP, Technique, differences, main, psnr_db, right_answer
 from cached_pipeline import load_pipeline
 from engine.policies import changed_tokens
-from pipeline import loading
+from pipeline import placement
 from pipeline.images import EditError
 from qwen_realtime import EditParams, EditResult, EngineConfig, RealtimeEngine
 
@@ -158,7 +158,7 @@ def test_quantised_layers_are_measured_and_named(tmp_path, monkeypatch, weights)
     monkeypatch.setattr(techniques, "random_pipeline", small)
     status, result = run_small(tmp_path, "--weights", weights, "--only", "VLM once a", "--quantize", "int8")
     assert status == 0 and [row["quantize"] for row in result["rows"]] == ["int8", "int8"]
-    assert len(made) == 1 and loading.quantization(made[0].transformer) == "int8"
+    assert len(made) == 1 and placement.quantization(made[0].transformer) == "int8"
     assert (result["rows"][0]["psnr_db"] is None) == (weights == "random"), "only the pocket model's answers are known"
 
 

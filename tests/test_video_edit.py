@@ -1,8 +1,11 @@
 """Videos made here, with sound, edited and looked into: times, sound, pictures, and what must not be opened."""
 
+import contextlib
 import fractions
 import itertools
+import random
 import struct
+import subprocess
 from pathlib import Path
 
 import av
@@ -13,11 +16,11 @@ from support.page import PATIENCE_S, UNNAMED
 from support.pictures import answer, assert_edited, held_out, psnr_db
 
 from pipeline.images import EditError, fit
-from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
+from qwen_realtime import EditParams, EditResult, EngineConfig, RealtimeEngine
 from webui import video_edit
 from webui.video import editor, steadiness
 from webui.video_edit import Outcome, Progress, Stop, edit_video, probe, upright
-from webui.work import Job
+from webui.work import Job, save_png
 
 MILLISECOND = fractions.Fraction(1, 1000)
 
@@ -113,6 +116,16 @@ def test_a_turned_video_is_edited_and_written_upright(tmp_path):
     assert frames(outcome.path)[0][1].shape == (96, 64, 3)
     with av.open(str(outcome.path)) as container:
         assert next(container.decode(video=0)).rotation == 0
+
+
+@pytest.mark.parametrize("width, height, said", [(75, 53, "column and the last row"), (75, 54, "column"), (74, 53, "row")])
+def test_odd_sides_are_made_even_by_the_edge_and_the_notes_say_so(tmp_path, width, height, said):
+    source = make_video(tmp_path / "in.mp4", moving(2))
+    shown, outcome = run(source, tmp_path / "out", lambda picture: fit(picture, width, height))
+    written = frames(outcome.path)[0][1]
+    assert written.shape == (height + height % 2, width + width % 2, 3)
+    assert np.abs(written[:height, :width].astype(int) - shown[0].picture).mean() < 6, "nothing moved"
+    assert outcome.notes == (f"The last {said} is there twice in the file: H.264 wants even sides.",)
 
 
 def test_wide_pixels_are_made_square(tmp_path):
@@ -298,3 +311,140 @@ def test_the_page_edits_a_video_stops_when_told_and_gives_it_with_its_sound(read
     panel.get_by_role("button", name="Stop", exact=True).click()
     ready.until(lambda health: health["stats"]["sessions"] == 0, "the session is closed")
     expect(text).to_contain_text("Stopped after", timeout=PATIENCE_S * 1000)
+
+
+def damaged(folder: Path, count: int, seed: int):
+    """Copies of small videos in four containers, with 1 to 256 of their bits turned."""
+    rng = random.Random(seed)
+    sources = [make_video(folder / name, moving(8), sound=codec) for name, codec in
+               (("a.mp4", "aac"), ("b.mkv", "libopus"), ("c.mov", "alac"), ("d.avi", "mp3"))]  # fmt: skip
+    for number in range(count):
+        source = sources[number % 4]
+        data = bytearray(source.read_bytes())
+        for _ in range(rng.choice((1, 4, 16, 64, 256))):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path = folder / f"damaged{source.suffix}"
+        path.write_bytes(data)
+        yield path
+
+
+def test_of_120_damaged_videos_each_is_edited_or_refused_in_a_sentence_and_no_half_file_is_left(tmp_path):
+    edited = refused = 0
+    for path in damaged(tmp_path, 120, seed=5):
+        out = tmp_path / "out"
+        out.mkdir(exist_ok=True)
+        try:
+            probe(path)
+            *_, outcome = edit_video(path, out, lambda picture: 255 - picture)
+            assert frames(outcome.path) and all(10 < len(note) < 300 for note in outcome.notes)
+            outcome.path.unlink()
+            edited += 1
+        except EditError as error:
+            assert 20 < len(str(error)) < 300, error
+            refused += 1
+        assert list(out.iterdir()) == []
+    assert edited > 60 and refused > 10, (edited, refused)
+
+
+def rewritten(data: bytes, box: bytes, at: int, fmt: str, *values) -> bytes:
+    """An MP4 in whose first box of this name these values stand, `at` bytes after the name."""
+    changed = bytearray(data)
+    struct.pack_into(fmt, changed, data.find(box) + 4 + at, *values)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    "box, at, fmt, values",
+    [
+        (b"mvhd", 12, ">II", (1, 2**32 - 1)),  # 136 years
+        (b"mdhd", 12, ">I", (1,)),  # a time unit of a second
+        (b"mdhd", 12, ">I", (2**31 - 1,)),
+        (b"stts", 4, ">III", (1, 8, 0)),  # no time between frames
+        (b"stts", 4, ">III", (1, 8, 2**31 - 1)),
+        (b"stts", 4, ">III", (1, 2**31 - 1, 1)),
+        (b"avc1", 24, ">HH", (16384, 16384)),
+        (b"avc1", 24, ">HH", (0, 0)),
+        (b"avc1", -4, ">4s", (b"zzzz",)),  # an unknown codec
+        (b"stsz", 4, ">II", (0, 2**31 - 1)),
+        (b"hdlr", 8, ">4s", (b"soun",)),
+        (b"elst", 8, ">ii", (2**31 - 1, -(2**31) + 1)),
+    ],
+)
+def test_absurd_lengths_rates_sizes_and_codecs_end_in_a_sentence_or_a_whole_video(tmp_path, box, at, fmt, values):
+    source = make_video(tmp_path / "in.mp4", moving(8))
+    data = source.read_bytes()
+    assert data.find(box) > 0
+    source.write_bytes(rewritten(data, box, at, fmt, *values))
+    (tmp_path / "out").mkdir()
+    try:
+        probe(source)
+        *_, outcome = edit_video(source, tmp_path / "out", lambda picture: picture)
+        assert 1 <= len(frames(outcome.path)) <= 8
+    except EditError as error:
+        assert 20 < len(str(error)) < 300, error
+        assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_frame_that_grows_beyond_what_is_allowed_is_not_decoded(tmp_path, monkeypatch):
+    small = make_video(tmp_path / "a.ts", moving(80), sound=None)  # longer than what FFmpeg looks at in advance
+    large = make_video(tmp_path / "b.ts", moving(4, 960, 640), sound=None)
+    (tmp_path / "in.ts").write_bytes(small.read_bytes() + large.read_bytes())
+    monkeypatch.setattr(video_edit, "MAX_PIXELS", 96 * 64)
+    seen = []
+    _, outcome = run(tmp_path / "in.ts", tmp_path / "out", lambda picture: seen.append(picture.shape) or picture)
+    assert set(seen) == {(64, 96, 3)} and len(seen) <= 80 and outcome.frames == len(seen)
+
+
+def test_a_video_without_frames_is_given_up_after_a_while_or_when_told(tmp_path, monkeypatch):
+    source = make_video(tmp_path / "in.mp4", moving(8))
+    with pytest.raises(EditError, match="Stopped after 0 frames"):
+        list(edit_video(source, tmp_path, lambda picture: picture, stopped=lambda: True))
+    monkeypatch.setattr(video_edit, "MAX_READ_SECONDS", -1.0)
+    with pytest.raises(EditError, match="no frame comes"):
+        list(edit_video(source, tmp_path, lambda picture: picture))
+
+
+@pytest.fixture(params=["a full disk", "a limit on files"])
+def full(request, tmp_path):
+    """(folder, what to enter) in which no file of more than about 40 kB can be written."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    if request.param == "a limit on files":
+        resource = pytest.importorskip("resource")
+
+        @contextlib.contextmanager
+        def limited():
+            before = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
+            try:
+                yield
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+        yield folder, limited
+        return
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(folder)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    yield folder, contextlib.nullcontext
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_a_video_for_which_the_disk_has_no_room_is_refused_in_a_sentence_and_leaves_nothing(full, tmp_path, count):
+    folder, limited = full
+    source = make_video(tmp_path / "in.mp4", moving(count, 320, 320))
+    noise = np.random.default_rng(0)
+    with limited(), pytest.raises(EditError, match=r"disk is full|may write"):
+        list(edit_video(source, folder, lambda picture: noise.integers(0, 255, picture.shape, np.uint8)))
+    assert list(folder.iterdir()) == []
+
+
+def test_a_picture_for_which_the_disk_has_no_room_is_refused_in_a_sentence_and_leaves_nothing(full, monkeypatch):
+    folder, limited = full
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(folder))
+    noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8)
+    result = EditResult(1, noise, None, EditParams(prompt="noise"), {"total": 1.0}, 1.0, 0, 1.0)
+    with limited(), pytest.raises(EditError, match=r"disk is full|may write"):
+        save_png(result, "pocket")
+    assert list(folder.iterdir()) == []

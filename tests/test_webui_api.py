@@ -9,7 +9,9 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -22,12 +24,20 @@ from support.pictures import assert_edited, held_out
 from pipeline.images import blend, encode_png, fit, open_image
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
 from server import EngineHolder
-from webui.api import mcp_missing
 from webui.collage import collage
+from webui.mcp import mcp_missing, own_file
 from webui.work import settings_inside
 from webui_realtime import launch, parse_args
 
 FIRST, SECOND = held_out("chelsea.png"), held_out("coffee.png")
+
+
+@pytest.fixture(scope="module")
+def mcp_program(program):
+    if mcp_missing() is not None:
+        pytest.skip(mcp_missing())
+    program.until(lambda health: health["state"] == "ready", "the model is loaded")
+    return program
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +77,14 @@ def test_edit_gives_the_right_picture_with_its_settings_inside_and_says_how_long
     assert open_image(Path(path).read_bytes()).shape == (64, 128, 3)
 
 
+def test_an_edit_without_a_size_has_the_pictures_shape_and_a_cut_one_is_said(client, tmp_path):
+    picture = file(tmp_path, "odd.png", fit(FIRST, 200, 133))
+    path, about = client.predict(picture, "make it sepia", height=75, api_name="/edit")
+    assert open_image(Path(path).read_bytes()).shape == (75, 113, 3) and about["notes"] == []
+    _, about = client.predict(picture, "make it sepia", width=75, height=75, api_name="/edit")
+    assert about["notes"] == ["fit: picture 1 of 200x133 was cut to the shape of 75x75"]
+
+
 @pytest.mark.parametrize("mode", ["references", "blend", "collage"])
 def test_composite_uses_both_pictures_as_its_mode_says(client, tmp_path, mode):
     own = {
@@ -90,7 +108,7 @@ def test_composite_uses_both_pictures_as_its_mode_says(client, tmp_path, mode):
         ({"prompt": "   "}, "prompt is empty"),
         ({"prompt": "x", "steps": 9}, "steps is 9"),
         ({"prompt": "x", "steps": 2.5}, "steps is 2.5"),
-        ({"prompt": "x", "width": 100, "height": 64}, "width is 100"),
+        ({"prompt": "x", "width": 100.5, "height": 64}, "width is 100.5"),
         ({"prompt": "x", "fit": "stretch"}, "fit is"),
         ({"prompt": "x", "seed": -1}, "seed is -1"),
     ],
@@ -205,31 +223,99 @@ def test_without_its_package_or_with_a_lock_mcp_ends_the_program_with_what_to_do
     assert "cannot be locked" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(mcp_missing() is not None, reason=str(mcp_missing()))
-def test_over_mcp_a_language_model_finds_both_edits_and_gets_the_picture(tmp_path):
-    from mcp import ClientSession
-    from mcp.client.streamable_http import streamablehttp_client
+@pytest.mark.parametrize(
+    "address, path",
+    [
+        ("http://127.0.0.1:7865/gradio_api/file=/tmp/gradio/ab/photo.png", "/tmp/gradio/ab/photo.png"),
+        ("https://editor.example/edit/gradio_api/file=/tmp/gradio/ab/a%20photo%23.png", "/tmp/gradio/ab/a photo#.png"),
+        ("http://127.0.0.1:7865/docs", None),
+        ("http://127.0.0.1:7865/gradio_api/file=", None),
+        ("http://127.0.0.1:7865/gradio_api/file=http://evil.example/x.png", None),
+        ("http://127.0.0.1:7865/gradio_api/file=http%3A%2F%2Fevil.example/x.png", None),
+        ("ftp://127.0.0.1/gradio_api/file=/tmp/gradio/x.png", None),
+        ("http://[/gradio_api/file=/tmp/gradio/x.png", None),
+        ("http://evil.example/?x=/gradio_api/file=/tmp/gradio/x.png", None),
+        ("/tmp/gradio/ab/photo.png", None),
+    ],
+)
+def test_only_the_address_of_an_uploaded_file_is_read_as_its_path(address, path):
+    assert own_file(address) == path
 
-    with Program(tmp_path / "log.txt", "--mcp") as program:
-        program.until(lambda health: health["state"] == "ready", "the model is loaded")
 
-        async def ask():
-            async with (
-                streamablehttp_client(program.url + "gradio_api/mcp/") as (read, write, _),
-                ClientSession(read, write) as session,
-            ):
-                await session.initialize()
-                tools = {tool.name: tool for tool in (await session.list_tools()).tools}
-                name = next(name for name in tools if name.endswith("edit"))
-                picture = "data:image/png;base64," + base64.b64encode(encode_png(FIRST)).decode()
-                good = await session.call_tool(name, {"image": picture, "prompt": "make it black and white"})
-                bad = await session.call_tool(name, {"image": program.url + "docs", "prompt": "x"})
-                return tools, good, bad
+def over_mcp(program: Program, use):
+    """What the coroutine `use(session)` returns, over a session of the official client in a thread of its own."""
 
-        tools, good, bad = asyncio.run(ask())
-        assert len(tools) == 2 and all("instruction in words" in tool.description for tool in tools.values())
-        assert not good.isError, good.content
-        url = re.search(r"'url': '([^']+)'", good.content[0].text)[1]
-        assert_edited(open_image(httpx.get(url).content), "black and white", FIRST)
-        assert bad.isError and "address" in bad.content[0].text
+    async def speak():
+        from mcp import ClientSession
+        from mcp.client.streamable_http import streamable_http_client
 
+        async with (
+            streamable_http_client(program.url + "gradio_api/mcp/") as (read, write, _),
+            ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            return await use(session)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, speak()).result(PATIENCE_S)
+
+
+def upload(url: str, picture: np.ndarray) -> str:
+    """The address of an uploaded file as `gradio upload-mcp` makes it."""
+    files = {"files": ("a photo #1.png", encode_png(picture), "image/png")}
+    (path,) = httpx.post(url + "gradio_api/upload", files=files, timeout=PATIENCE_S).raise_for_status().json()
+    return f"{url}gradio_api/file={quote(path)}"
+
+
+async def nothing(progress, total, message):
+    pass
+
+
+@pytest.mark.parametrize("progress", [None, nothing], ids=["no progress token", "progress token"])
+@pytest.mark.parametrize("given", ["uploaded", "data"])
+def test_over_mcp_a_picture_comes_back_however_it_is_given_and_asked_for(mcp_program, given, progress):
+    data = "data:image/png;base64," + base64.b64encode(encode_png(FIRST)).decode()
+    picture = upload(mcp_program.url, FIRST) if given == "uploaded" else data
+
+    async def edit(session):
+        tools = {tool.name: tool for tool in (await session.list_tools()).tools}
+        name = next(name for name in tools if name.endswith("edit"))
+        arguments = {"image": picture, "prompt": "make it black and white", "seed": 7}
+        return tools, await session.call_tool(name, arguments, progress_callback=progress)
+
+    tools, answer = over_mcp(mcp_program, edit)
+    assert len(tools) == 2 and all("instruction in words" in tool.description for tool in tools.values())
+    assert not answer.isError, answer.content
+    (image,) = (content for content in answer.content if content.type == "image")
+    assert image.mimeType == "image/png"
+    assert_edited(open_image(base64.b64decode(image.data)), "black and white", FIRST)
+    texts = [content.text for content in answer.content if content.type == "text"]
+    assert open_image(httpx.get(re.search(r"http\S+", texts[0])[0]).content).shape == (256, 256, 3)
+    assert "'seed': 7" in texts[1], texts
+
+
+def test_over_mcp_two_uploaded_pictures_are_edited_together(mcp_program):
+    pictures = {"image": upload(mcp_program.url, FIRST), "ref_image": upload(mcp_program.url, SECOND)}
+
+    async def composite(session):
+        name = next(tool.name for tool in (await session.list_tools()).tools if tool.name.endswith("composite"))
+        return await session.call_tool(name, pictures | {"prompt": PRESETS["Side by side"]})
+
+    answer = over_mcp(mcp_program, composite)
+    (image,) = (content for content in answer.content if content.type == "image")
+    assert_edited(open_image(base64.b64decode(image.data)), "side by side", FIRST, SECOND, at_least_db=16.0)
+
+
+@pytest.mark.parametrize("address", ["docs", "gradio_api/file={secret}", "gradio_api/file=/dev/zero"])
+def test_over_mcp_no_address_is_fetched_and_no_file_read_that_was_not_uploaded(mcp_program, tmp_path, address):
+    (tmp_path / "secret.png").write_bytes(encode_png(FIRST))
+    picture = mcp_program.url + address.format(secret=tmp_path / "secret.png")
+
+    async def edit(session):
+        name = next(tool.name for tool in (await session.list_tools()).tools if tool.name.endswith("edit"))
+        return await session.call_tool(name, {"image": picture, "prompt": "x"})
+
+    before = mcp_program.health()["stats"]["frames"]
+    answer = over_mcp(mcp_program, edit)
+    assert answer.isError and not [content for content in answer.content if content.type == "image"], answer.content
+    assert mcp_program.health()["stats"]["frames"] == before

@@ -15,6 +15,7 @@ from support.http import StubPipeline, serving
 from pipeline.images import EditError, encode_png
 from qwen_realtime import EditParams, EditResult, EngineConfig, RealtimeEngine
 from server import EngineHolder
+from serving.decoding import Limits
 from serving.startup import load_engine
 from webui.collage import collage
 from webui.controls import SIZES, control_values, edit_params
@@ -107,7 +108,8 @@ def test_stop_reaches_the_pages_own_tab_only_and_a_closed_page_all_of_its_tabs()
 
 
 def test_a_picture_too_large_to_be_one_is_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr("webui.work.MAX_PICTURE_BYTES", 10)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))  # only what lies there may be opened
+    monkeypatch.setattr("webui.work.LIMITS", Limits(file_bytes=10))
     (tmp_path / "a.png").write_bytes(b"x" * 11)
     with pytest.raises(EditError, match="11 bytes"):
         read_picture(str(tmp_path / "a.png"))

@@ -11,36 +11,40 @@ refuses that for every event.
 
 import gradio as gr
 
+from engine.fitting import at_output_size
 from pipeline.images import EditError
 from qwen_realtime import CHOICES, EditParams
-from server import EngineHolder, fitted, output_size
 from serving.access import plain
+from serving.holder import EngineHolder
 from webui.collage import LIMITS as PLACES
 from webui.composite import flatten
+from webui.full_disk import DISK_FULL, disk_full
+from webui.mcp import with_own_files
 from webui.parts import EDITS_AT_A_TIME, take_file
+from webui.uploads import check_files
 from webui.work import Jobs, Stopped, read_picture, run_edit, save_png, wait_for_engine
 
 MODES = ("references", "blend", "collage")
 
 
 class Page(gr.Blocks):
-    """The page. Nothing is fetched for whoever calls it: a file must have been uploaded."""
+    """The page. It opens what was uploaded to it and nothing else, and nothing is fetched for its callers."""
 
     async def preprocess_data(self, block_fn, inputs, state, explicit_call=False):
-        if any(_addresses(value) for value in inputs):
-            raise gr.Error(
-                "A picture came as an address. Allowed: a file that is uploaded, or data:image/png;base64,... over MCP.",
-                print_exception=False,
-            )
+        inputs = [with_own_files(value) for value in inputs]
+        try:
+            check_files(inputs)
+        except EditError as error:
+            raise gr.Error(str(error), print_exception=False) from None
         return await super().preprocess_data(block_fn, inputs, state, explicit_call)
 
-
-def _addresses(value) -> bool:
-    """Whether a file of an address is anywhere in what came for one input."""
-    if isinstance(value, dict):
-        path = value.get("path")
-        return (isinstance(path, str) and "://" in path) or any(_addresses(item) for item in value.values())
-    return isinstance(value, (list, tuple)) and any(_addresses(item) for item in value)
+    async def postprocess_data(self, block_fn, predictions, state):
+        try:  # Gradio copies each file that an event answers
+            return await super().postprocess_data(block_fn, predictions, state)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise gr.Error(disk_full(error), print_exception=False) from None
 
 
 def create_api(holder: EngineHolder, jobs: Jobs) -> None:
@@ -50,12 +54,11 @@ def create_api(holder: EngineHolder, jobs: Jobs) -> None:
         try:
             with jobs.start(request.session_hash or "", f"api {name} {id(request)}") as job:
                 engine = wait_for_engine(holder, job, lambda *_, **__: None)
-                images, own = flat([read_picture(path, which) for path, which in pictures])
+                images, own = flat([read_picture(path, which, job.open) for path, which in pictures])
                 params = EditParams(prompt=prompt or "", **settings, **own)
-                if params.width is None and params.height is None:  # as POST /edit does
-                    width, height = output_size(*images[0].shape[1::-1], engine.default_size)
-                    params = params.replace(width=width, height=height)
-                result = run_edit(engine, fitted(images, params), params, job, lambda step, of: None)
+                pictures = at_output_size(images, params, engine.default_size, engine.config.max_pixels)
+                result = run_edit(engine, pictures, params, job, lambda step, of: None)
+            saved = save_png(result, engine.description["model"])
         except EditError as error:
             raise gr.Error(str(error), print_exception=False) from None
         except Stopped:
@@ -66,8 +69,9 @@ def create_api(holder: EngineHolder, jobs: Jobs) -> None:
             "seed": params.seed,
             "stages_ms": {name: round(ms, 1) for name, ms in result.stages_ms.items()},
             "age_ms": round(result.age_ms, 1),
+            "notes": list(result.notes),
         }
-        return save_png(result, engine.description["model"]), plain(about)
+        return saved, plain(about)
 
     def edit(
         request: gr.Request, image, prompt, steps, width, height, seed, cfg_scale, negative_prompt, fit, reference_area
@@ -75,19 +79,19 @@ def create_api(holder: EngineHolder, jobs: Jobs) -> None:
         """Edits a picture by an instruction in words.
 
         Args:
-            image: The picture, as an uploaded file; over MCP as data:image/png;base64,... (no address is fetched).
+            image: The picture, as an uploaded file; over MCP by its address on this server, or as data:image/png;base64,... (nothing is fetched).
             prompt: What to change, for example "make it a pencil sketch". At most 2000 characters.
             steps: Denoising steps, 1 to 8. More is slower, often finer.
-            width: Of the result in pixels, a multiple of 16 from 64 to 2048; 0 in both: as the picture is shaped.
+            width: Of the result in pixels, 1 to 2048; 0: it follows from the height and the picture's shape, 0 in both: also the area is the model's own.
             height: As the width.
             seed: The same seed, picture and settings give the same result.
             cfg_scale: True CFG, 1 to 10. 1 is off; above it every step takes twice as long.
             negative_prompt: What not to do; read when cfg_scale is above 1.
-            fit: How a picture of another shape meets the size: "crop" cuts it to fill, "pad" shows it whole on black.
+            fit: How a picture of another shape meets a width and height that are both given: "crop" cuts it to fill, "pad" shows it whole on black.
             reference_area: The size at which the model sees the picture: the "output"'s, or the megapixel of the "stock" pipeline.
 
         Returns:
-            The edited picture as a PNG file with its settings inside, and its size, seed and timings.
+            The edited picture as a PNG file with its settings inside, and its size, seed, timings and notes.
         """
         settings = _settings(steps, width, height, seed, cfg_scale, negative_prompt, fit, reference_area)
         return made(request, "edit", [(image, "a picture")], prompt, lambda images: (images, {}), settings)
@@ -99,26 +103,26 @@ def create_api(holder: EngineHolder, jobs: Jobs) -> None:
         """Edits two pictures together by an instruction in words.
 
         Args:
-            image: Picture 1, as an uploaded file; over MCP as data:image/png;base64,... (no address is fetched).
+            image: Picture 1, as an uploaded file; over MCP by its address on this server, or as data:image/png;base64,... (nothing is fetched).
             ref_image: Picture 2, likewise.
             prompt: What to do; with mode "references" it may speak of picture 1 and picture 2.
-            mode: "references": the model sees both; "blend": they are mixed by blend_ratio, then edited; "collage": picture 2 is laid on picture 1, then the flat result is edited.
+            mode: "references": the model sees both, each whole and in its own shape; "blend": they are mixed by blend_ratio, then edited; "collage": picture 2 is laid on picture 1, then the flat result is edited.
             blend_ratio: For mode "blend": 0 is picture 1 alone, 1 is picture 2 alone.
             across: For mode "collage": where picture 2's middle lies, 0 (left) to 1 (right) of picture 1.
             down: For mode "collage": the same from 0 (top) to 1 (bottom).
             scale: For mode "collage": picture 2's width, 1 is as wide as picture 1. 0.05 to 2.
             opacity: For mode "collage": 0 is unseen, 1 covers.
             steps: Denoising steps, 1 to 8. More is slower, often finer.
-            width: Of the result in pixels, a multiple of 16 from 64 to 2048; 0 in both: as picture 1 is shaped.
+            width: Of the result in pixels, 1 to 2048; 0: it follows from the height and picture 1's shape, 0 in both: also the area is the model's own.
             height: As the width.
             seed: The same seed, pictures and settings give the same result.
             cfg_scale: True CFG, 1 to 10. 1 is off; above it every step takes twice as long.
             negative_prompt: What not to do; read when cfg_scale is above 1.
-            fit: How a picture of another shape meets the size: "crop" cuts it to fill, "pad" shows it whole on black.
+            fit: How a picture of another shape meets a width and height that are both given: "crop" cuts it to fill, "pad" shows it whole on black.
             reference_area: The size at which the model sees the pictures: the "output"'s, or the megapixel of the "stock" pipeline.
 
         Returns:
-            The edited picture as a PNG file with its settings inside, and its size, seed and timings.
+            The edited picture as a PNG file with its settings inside, and its size, seed, timings and notes.
         """
 
         def flat(images: list):
@@ -174,12 +178,3 @@ def _settings(steps, width, height, seed, cfg_scale, negative_prompt, fit, refer
         "fit": fit,
         "reference_area": reference_area,
     }
-
-
-def mcp_missing() -> str | None:
-    """Why MCP cannot be served here; None when it can."""
-    try:
-        import mcp  # noqa: F401
-    except ImportError:
-        return 'MCP needs a package that is not here: pip install "gradio[mcp]"'
-    return None

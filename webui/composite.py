@@ -8,9 +8,10 @@ then runs one edit at a time and afterwards the newest position, so nothing queu
 import gradio as gr
 import numpy as np
 
+from engine.fitting import at_output_size
 from pipeline.images import EditError
 from qwen_realtime import LIMITS, EditParams
-from server import EngineHolder, fitted
+from serving.holder import EngineHolder
 from webui.collage import LIMITS as PLACES
 from webui.collage import collage
 from webui.controls import Settings, edit_params
@@ -26,7 +27,7 @@ from webui.parts import (
     on_upload,
     toast,
 )  # fmt: skip
-from webui.work import Jobs, Stopped, describe, read_picture, run_edit, save_png, wait_for_engine
+from webui.work import Jobs, Stopped, check_chosen, describe, read_picture, run_edit, save_png, wait_for_engine
 
 # Puts the words at the cursor of the tab's prompt, as if they had been typed.
 NAME_PICTURE = """(text) => {
@@ -113,14 +114,17 @@ def create_composite(
 
     def made(request, path_1, path_2, mode, ratio, prompt, place, values, progress) -> dict:
         """What the tab is to show after this edit. Raises EditError, Stopped."""
-        first, second = read_picture(path_1, "picture 1"), read_picture(path_2, "picture 2")
+        check_chosen(path_1, "picture 1")
+        check_chosen(path_2, "picture 2")
         with jobs.start(request.session_hash, "composite") as job:
             engine = wait_for_engine(holder, job, progress)
-            images, own = flatten(first, second, mode, place, ratio)
+            pictures = [(path_1, "picture 1"), (path_2, "picture 2")]
+            images, own = flatten(*(read_picture(*each, job.open) for each in pictures), mode, place, ratio)
             params = edit_params(prompt, images[0].shape[1::-1], engine.default_size, values, **own)
             progress(0.0, desc="Reading the prompt and the pictures")
+            pictures = at_output_size(images, params, engine.default_size, engine.config.max_pixels)
             result = run_edit(
-                engine, fitted(images, params), params, job,
+                engine, pictures, params, job,
                 lambda step, of: progress((step, of), desc=f"Step {step} of {of}"),
             )  # fmt: skip
         path = save_png(result, engine.description["model"])
@@ -172,8 +176,8 @@ def create_composite(
         trigger_mode="always_last",
     )
     _connect_in_the_browser(preview, first, second, mode, ratio, place, swap, again, output, names, prompt)
-    on_upload(first, offer)
-    on_upload(second, offer)
+    on_upload(first, jobs, offer)
+    on_upload(second, jobs, offer)
     mode.change(
         lambda mode: [gr.update(visible=visible) for visible in (
             mode != "references", mode == "blend", mode == "collage", mode != "references", mode == "references",

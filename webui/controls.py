@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import gradio as gr
 
+from engine.fitting import size_in_shape
 from qwen_realtime import LIMITS, EditParams
-from server import output_size
 
 SIZES = (128, 192, 256, 320, 384, 512, 640, 768, 1024)
 
@@ -94,7 +94,7 @@ def edit_params(prompt: str | None, picture: tuple[int, int], side: int, setting
     """
     steps, size, shape, seed, locked, cfg_scale, negative_prompt = settings
     side = size or side
-    width, height = (side, side) if shape != "keep" else output_size(*picture, side)
+    width, height = (side, side) if shape != "keep" else size_in_shape(picture, side)
     return EditParams(
         prompt=prompt or "",
         negative_prompt=negative_prompt or "",

@@ -12,7 +12,7 @@ from pipeline.images import EditError, encode_png
 from pocket_model.edits import EDITS, preset_prompts
 from qwen_realtime import EditParams
 from webui.controls import Settings, control_values
-from webui.work import Jobs, read_picture, settings_inside
+from webui.work import Job, Jobs, Stopped, check_chosen, read_picture, settings_inside, writing
 
 HERE = Path(__file__).resolve().parent
 SHOWN_BY_BROWSERS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif")
@@ -135,9 +135,9 @@ class Offer:
         )
         leave.click(lambda: gr.update(visible=False), None, self._box, api_visibility="private", show_progress="hidden")
 
-    def answer(self, path: str | None) -> list:
-        """What `outputs` are to show for this file."""
-        params = None if path is None else settings_inside(path)
+    def answer(self, path: str | None, read_text: Callable) -> list:
+        """What `outputs` are to show for this file, whose text chunks `read_text` reads."""
+        params = None if path is None else settings_inside(path, read_text)
         if params is None:
             return [None, gr.update(visible=False), ""]
         steps = f"{params.steps} step{'s' if params.steps > 1 else ''}"
@@ -145,21 +145,31 @@ class Offer:
         return [params, gr.update(visible=True), text]
 
 
-def on_upload(picture: gr.Image, offer: Offer | None = None) -> None:
+def on_upload(picture: gr.Image, jobs: Jobs, offer: Offer | None = None) -> None:
     """A file that is no picture is refused when it comes; one that browsers cannot show is shown as they can."""
 
-    def check(path: str):
-        found = [] if offer is None else offer.answer(path)
+    def check(request: gr.Request, path: str):
+        found = [] if offer is None else [None, gr.update(visible=False), ""]
         try:
-            image = read_picture(path)
+            with jobs.start(request.session_hash, f"check {picture.elem_id or id(picture)}") as job:
+                check_chosen(path, "a picture")
+                if offer is not None:
+                    found = offer.answer(path, job.text)
+                return answered(shown(path, job), found)
         except EditError as error:
             toast(error)
-            return answered(None, found)
+        except Stopped:  # the page has closed, or another file has come
+            pass
+        return answered(None, found)
+
+    def shown(path: str, job: Job) -> str:
+        """A file with this picture that browsers can show."""
+        image = read_picture(path, decode=job.open)
         if Path(path).suffix.lower() in SHOWN_BY_BROWSERS:
-            return answered(path, found)
-        shown = Path(path).with_suffix(".png")
-        shown.write_bytes(encode_png(image))
-        return answered(str(shown), found)
+            return path
+        with writing(Path(path).with_suffix(".png")) as png:
+            png.write_bytes(encode_png(image))
+        return str(png)
 
     def answered(path: str | None, found: list):
         return [path, *found] if found else path

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import gradio as gr
 
+from engine.fitting import at_output_size
 from pipeline.images import EditError, encode_png
-from server import EngineHolder, fitted
+from serving.holder import EngineHolder
 from webui.controls import Settings, edit_params
 from webui.parts import (
     EDITS_AT_A_TIME,
@@ -20,7 +21,18 @@ from webui.parts import (
     on_upload,
     toast,
 )  # fmt: skip
-from webui.work import Jobs, Stopped, describe, new_folder, read_picture, run_edit, save_png, wait_for_engine
+from webui.work import (
+    Jobs,
+    Stopped,
+    check_chosen,
+    describe,
+    new_folder,
+    read_picture,
+    run_edit,
+    save_png,
+    wait_for_engine,
+    writing,
+)  # fmt: skip
 
 MOST_FILES = 50
 MOST_KEPT = 60  # results on one page
@@ -61,18 +73,20 @@ def create_upload(holder: EngineHolder, jobs: Jobs, settings: Settings, presets:
 
     def edit_one(path: str, name: str, prompt: str, values: tuple, job, progress, done: float, share: float):
         """(what is to be kept, seed) of one file; `share` of the progress is its, from `done` on."""
-        image = read_picture(path, "a photo")
+        check_chosen(path, "a photo")
         engine = wait_for_engine(holder, job, progress)
+        image = read_picture(path, "a photo", job.open)
         params = edit_params(prompt, image.shape[1::-1], engine.default_size, values)
-        images = fitted([image], params)
+        fitted = at_output_size([image], params, engine.default_size, engine.config.max_pixels)
         progress(done, desc=f"{name}: reading the prompt and the picture")
         result = run_edit(
-            engine, images, params, job,
+            engine, fitted, params, job,
             lambda step, of: progress(done + share * step / of, desc=f"{name}: step {step} of {of}"),
         )  # fmt: skip
         after = save_png(result, engine.description["model"])
         before = Path(after).parent / "before.png"
-        before.write_bytes(encode_png(images[0]))
+        with writing(before):
+            before.write_bytes(encode_png(fitted.images[0]))
         return {"before": str(before), "after": after, "text": describe(result)}, params.seed
 
     def busy(on: bool) -> dict:
@@ -125,7 +139,12 @@ def create_upload(holder: EngineHolder, jobs: Jobs, settings: Settings, presets:
             toast(error)
         except Stopped:
             gr.Info(f"Stopped after {len(made)} of {len(paths)} photos.")
-        answer = {zipped: gr.update(value=_zip(made), visible=True)} if len(made) > 1 else {}
+        answer = {}
+        if len(made) > 1:
+            try:
+                answer = {zipped: gr.update(value=_zip(made), visible=True)}
+            except EditError as error:
+                toast(error)
         yield answer | busy(False)
 
     def show_again(results: list[dict], chosen: gr.SelectData):
@@ -140,13 +159,13 @@ def create_upload(holder: EngineHolder, jobs: Jobs, settings: Settings, presets:
     kept_pictures.select(show_again, kept, [slider, download, text, again], api_visibility="private", show_progress="hidden")
     # In the browser alone: the file is where it is shown from.
     again.click(fn=None, js="(pair) => pair?.[1] ?? null", inputs=slider, outputs=picture, api_visibility="private")
-    on_upload(picture, offer)
+    on_upload(picture, jobs, offer)
 
 
 def _zip(made: list[dict]) -> str:
     """All results as one file; PNGs are not made smaller by packing."""
     path = new_folder() / "edited.zip"
-    with zipfile.ZipFile(path, "w") as archive:
+    with writing(path), zipfile.ZipFile(path, "w") as archive:
         for number, one in enumerate(made, 1):
             archive.write(one["after"], f"{number:02d}-{Path(one['after']).name}")
     return str(path)

@@ -1,16 +1,19 @@
 """The tab for videos: edited frame by frame through one session of the engine, which keeps still parts steady."""
 
+import contextlib
 import time
+from pathlib import Path
 
 import gradio as gr
 
-from pipeline.images import EditError
+from engine.fitting import Fitted, notes, sized
+from pipeline.images import EditError, encode_jpeg
 from qwen_realtime import LIMITS, EditParams
-from server import EngineHolder, fitted
+from serving.holder import EngineHolder
 from webui.controls import Settings, edit_params
 from webui.parts import SHOW_RESULT, create_ask, create_chips, take_file, toast
-from webui.video_edit import MAX_BYTES, MAX_SECONDS, Outcome, Progress, Stop, counted, edit_video, probe
-from webui.work import Job, Jobs, Stopped, new_folder, telling_name, wait_for_engine
+from webui.video_edit import MAX_BYTES, MAX_SECONDS, Outcome, Progress, Stop, VideoInfo, counted, edit_video, probe
+from webui.work import Job, Jobs, Stopped, new_folder, telling_name, wait_for_engine, writing
 
 VIDEOS_AT_A_TIME = 2  # each takes its turn with all other edits, frame by frame
 SHOW_EVERY_S = 0.5  # a preview is a file that the browser fetches
@@ -72,17 +75,29 @@ def create_video(holder: EngineHolder, jobs: Jobs, settings: Settings, presets: 
         info = probe(path)
         engine = wait_for_engine(holder, job, progress)
         params = edit_params(prompt, (info.width, info.height), engine.default_size, values, **own)
+        folder = new_folder()
+        try:
+            with job.session(engine) as session:
+                edit = editor(session, params, job)
+                frames = edit_video(path, folder, edit, telling_name(params), stopped=lambda: job.stopped)
+                yield from shown(frames, folder / "frame.jpg", info, params, progress)
+        finally:
+            (folder / "frame.jpg").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the edited video is in it
+                folder.rmdir()
+
+    def shown(frames, preview_file: Path, info: VideoInfo, params: EditParams, progress):
         started = shown = time.monotonic()
-        with job.session(engine) as session:
-            frames = edit_video(path, new_folder(), editor(session, params, job), telling_name(params))
-            for step in frames:
-                now = time.monotonic()
-                if isinstance(step, Outcome):
-                    yield finished(step, params, now - started)
-                elif step.number == 1 or now - shown >= SHOW_EVERY_S:
-                    shown = now
-                    progress(step.share or 0.0, desc=how_far(step, info.frames, now - started))
-                    yield {preview: step.picture}
+        for step in frames:
+            now = time.monotonic()
+            if isinstance(step, Outcome):
+                yield finished(step, params, now - started)
+            elif step.number == 1 or now - shown >= SHOW_EVERY_S:
+                shown = now
+                progress(step.share or 0.0, desc=how_far(step, info.frames, now - started))
+                with writing(preview_file):  # Gradio itself would leave half a file on a full disk
+                    preview_file.write_bytes(encode_jpeg(step.picture))
+                yield {preview: str(preview_file)}
 
     def finished(outcome: Outcome, params: EditParams, seconds: float) -> dict:
         speed = f"{counted(outcome.frames)} in {seconds:.1f} s · {outcome.frames / seconds:.1f} frames/s"
@@ -121,11 +136,13 @@ def steadiness(blend_still: float = BLEND_STILL, start: float = START_FROM_PREVI
 
 
 def editor(session, params: EditParams, job: Job):
-    """The function that edits one frame for `edit_video`."""
+    """The function that edits one frame for `edit_video`, at the size that `params` name."""
+    size = params.width, params.height
 
     def edit(picture):
         try:
-            return session.result(session.submit(fitted([picture], params), params)).image
+            pictures = Fitted(sized([picture], params, *size), size, notes([picture], params, size))
+            return session.result(session.submit(pictures, params)).image
         except EditError:
             if job.stopped:  # closing the session is what made it fail
                 raise Stop from None

@@ -7,10 +7,16 @@ other files and addresses, and an uploaded one must not make this program open t
 Times are the file's own: each edited picture keeps the time stamp of the frame it was made from, so a variable frame
 rate stays one and sound and picture stay together. Turned video, as telephones write it, is turned upright before
 it is edited. The sound's packets are never decoded.
+
+A damaged or hostile file ends in a sentence. FFmpeg is told how many pixels a frame may have before it looks at one; what
+the file says of its length, rate and size is checked, and what comes is counted; between two packets it can be stopped.
 """
 
 import contextlib
 import fractions
+import logging
+import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +24,11 @@ from pathlib import Path
 import av
 import numpy as np
 
+from pipeline.geometry import padded
 from pipeline.images import EditError
+from webui.full_disk import DISK_FULL, disk_full
+
+log = logging.getLogger(__name__)
 
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,ogg,flv,asf"
 IN_MP4 = ("aac", "mp3", "ac3", "eac3", "opus", "flac", "alac")  # sound that MP4 carries; any other goes into Matroska
@@ -27,6 +37,8 @@ MAX_BYTES = 256 * 2**20
 MAX_SECONDS = 300.0
 MAX_FRAMES = 9000  # 5 minutes at 30 frames a second
 MAX_PIXELS = 4096 * 2304  # of a frame
+MAX_READ_SECONDS = 20.0  # from one frame to the next, without the time that editing takes
+RATES = (0.1, 240.0)  # frames a second that a file may claim; outside of it the times of the frames alone count
 QUALITY = "20"  # x264's constant rate factor: hard to tell from the pictures that went in
 
 
@@ -65,20 +77,57 @@ class Outcome:
     notes: tuple[str, ...]
 
 
+class _Damaged(EditError):
+    """The file cannot be read any further."""
+
+
+@contextlib.contextmanager
+def _reading():
+    """Within it the file is read, and nothing else is done: whatever it makes FFmpeg or PyAV raise is `_Damaged`."""
+    try:
+        yield
+    except EditError:
+        raise
+    except Exception as error:
+        log.info("a video made its reader fail: %s: %s", type(error).__name__, error)
+        told = error.strerror if isinstance(error, av.FFmpegError) else None
+        raise _Damaged(told or ("it needs too much memory" if isinstance(error, MemoryError) else "it is damaged")) from None
+
+
+@contextlib.contextmanager
+def _writing():
+    """Within it the edited file is written. Raises EditError."""
+    try:
+        yield
+    except (av.FFmpegError, OSError, ValueError, OverflowError, ArithmeticError, MemoryError) as error:
+        if getattr(error, "errno", None) in DISK_FULL:
+            raise EditError(disk_full(error)) from None
+        log.warning("an edited video cannot be written: %s: %s", type(error).__name__, error)
+        raise EditError(f"The edited video cannot be written ({error}). Convert the video to MP4 and resend.") from None
+
+
 @contextlib.contextmanager
 def _open(path: str | Path) -> Iterator[av.container.InputContainer]:
-    """The container, with errors as EditError."""
+    """The container. Raises EditError on what is no video."""
     size = Path(path).stat().st_size
     if not 0 < size <= MAX_BYTES:
         raise EditError(f"The video has {size:,} bytes. Allowed: 1 to {MAX_BYTES:,}.")
     # The file is opened here and only read through this handle: FFmpeg itself gets no name to open anything by.
-    try:
-        with open(path, "rb") as file, av.open(
-            file, options={"format_whitelist": CONTAINERS, "protocol_whitelist": ""}
-        ) as container:  # fmt: skip
-            yield container
-    except av.FFmpegError as error:
-        raise EditError(f"The file is not a video that can be read ({error.strerror}). Send MP4, MOV, WebM, MKV or AVI.") from None
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "", "max_pixels": _most_pixels()}
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(path, "rb"))
+        try:
+            with _reading():
+                container = stack.enter_context(av.open(file, options=options, metadata_errors="replace"))
+        except _Damaged as error:
+            text = f"The file is not a video that can be read ({error}). Send MP4, MOV, WebM, MKV or AVI."
+            raise EditError(text) from None
+        yield container
+
+
+def _most_pixels() -> str:
+    """FFmpeg's option. It counts a frame's rows with the bytes that fill them up, so its bound is a little wider."""
+    return str(2 * MAX_PIXELS)
 
 
 def _turn(frame: av.VideoFrame) -> int:
@@ -90,7 +139,10 @@ def upright(frame: av.VideoFrame, aspect: float = 1.0) -> np.ndarray:
     """The frame as a person sees it: uint8 (H, W, 3), turned, its pixels square. `aspect` is a stored pixel's width to
     its height.
     """
-    pixels = frame.reformat(width=max(1, round(frame.width * aspect)), format="rgb24").to_ndarray()
+    width = max(1, round(frame.width * aspect))
+    if width * frame.height > MAX_PIXELS:
+        raise EditError(f"A frame is {width}x{frame.height}. Allowed: {MAX_PIXELS:,} pixels a frame.")
+    pixels = frame.reformat(width=width, format="rgb24").to_ndarray()
     return np.ascontiguousarray(np.rot90(pixels, _turn(frame)))
 
 
@@ -101,6 +153,8 @@ def pixel_aspect(stream: av.VideoStream) -> float:
 
 
 def _check(stream: av.VideoStream, seconds: float | None, frames: int | None) -> None:
+    if stream.codec_context is None:
+        raise EditError("The video's codec is unknown. Send H.264, H.265, VP9, AV1 or another common one.")
     width, height = stream.codec_context.width, stream.codec_context.height
     if not 0 < width * height <= MAX_PIXELS or min(width, height) < 16:
         raise EditError(f"The video is {width}x{height}. Allowed: from 16x16 to {MAX_PIXELS:,} pixels a frame.")
@@ -119,55 +173,112 @@ def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
 def _length(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[float | None, int | None]:
     """(seconds, frames) as the file claims, None where it does not."""
     seconds = None
-    if stream.duration:
+    if stream.duration and stream.time_base:
         seconds = float(stream.duration * stream.time_base)
     elif container.duration:
         seconds = container.duration / av.time_base
-    frames = stream.frames or (round(seconds * stream.average_rate) if seconds and stream.average_rate else None)
-    return seconds, frames
+    if seconds is not None and not seconds > 0:
+        seconds = None
+    frames = stream.frames
+    if not frames and seconds and _rate(stream):
+        frames = round(seconds * _rate(stream))
+    return seconds, frames if frames and frames > 0 else None
+
+
+def _rate(stream: av.VideoStream) -> fractions.Fraction | None:
+    """Frames a second as the file claims; None where it does not, or claims nonsense."""
+    rate = stream.average_rate or stream.guessed_rate
+    return rate if rate and RATES[0] <= rate <= RATES[1] else None
 
 
 def probe(path: str | Path) -> VideoInfo:
     """What the file is; its first frame is decoded, for only a frame says how it is turned. Raises EditError."""
     with _open(path) as container:
-        stream = _video_stream(container)
-        seconds, frames = _length(container, stream)
-        _check(stream, seconds, frames)
-        sound = container.streams.audio[0].codec.canonical_name if container.streams.audio else None
-        for frame in container.decode(stream):
-            height, width = upright(frame, pixel_aspect(stream)).shape[:2]
-            fps = float(stream.average_rate or 0)
-            return VideoInfo(width, height, seconds, frames, fps, stream.codec.canonical_name, sound)
+        try:
+            with _reading():
+                stream = _video_stream(container)
+                seconds, frames = _length(container, stream)
+                _check(stream, seconds, frames)
+                sound = container.streams.audio[0].codec.canonical_name if container.streams.audio else None
+            for _, picture in _read(container, stream, None, lambda: False):
+                height, width = picture.shape[:2]
+                fps = float(_rate(stream) or 0)
+                return VideoInfo(width, height, seconds, frames, fps, stream.codec.canonical_name, sound)
+        except _Damaged as error:
+            raise EditError(f"The video has no frame that can be read ({error}). Convert it to MP4 and resend.") from None
     raise EditError("The video has no frame that can be read.")
 
 
+def _read(container, source: av.VideoStream, sound: av.AudioStream | None, stopped: Callable[[], bool]):
+    """Yields (packet, None) of the sound and (frame, picture) of the video. Raises Stop, and EditError: `_Damaged` where
+    the file ends too early.
+    """
+    with _reading():
+        aspect = pixel_aspect(source)
+        source.codec_context.options = {"max_pixels": _most_pixels()}
+        packets = container.demux([source] if sound is None else [source, sound])
+    read_s = 0.0  # since the last frame
+    while True:
+        if stopped():
+            raise Stop
+        began = time.monotonic()
+        with _reading():
+            packet = next(packets, None)
+            frames = packet.decode() if packet is not None and packet.stream is not sound else []
+        if packet is None:
+            return
+        if packet.stream is sound:
+            yield packet, None
+        for frame in frames:
+            with _reading():
+                picture = upright(frame, aspect)
+            yield frame, picture
+            read_s, began = 0.0, time.monotonic()
+        read_s += time.monotonic() - began
+        if read_s > MAX_READ_SECONDS:
+            raise _Damaged(f"no frame comes in {MAX_READ_SECONDS:g} s")
+
+
 def edit_video(
-    path: str | Path, folder: Path, edit: Callable[[np.ndarray], np.ndarray], name: str = "edited"
+    path: str | Path,
+    folder: Path,
+    edit: Callable[[np.ndarray], np.ndarray],
+    name: str = "edited",
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Progress | Outcome]:
     """Edits the video at `path` into a file in `folder`; yields a Progress for each frame, and an Outcome at the end.
 
-    `edit(picture) -> picture`, uint8 (H, W, 3), gives pictures of one even size. When it raises Stop, or the file
+    `edit(picture) -> picture`, uint8 (H, W, 3), gives pictures of one size. H.264 wants even sides: where one is odd the
+    last row or column is repeated in the file, and the notes say so. When it raises Stop, or `stopped()`, or the file
     turns out to be damaged after some frames, or longer than it claimed, the video ends there and the notes say so; an
-    EditError of its own after some frames likewise. Raises EditError where there is nothing to keep.
+    EditError of its own after some frames likewise. Raises EditError where there is nothing to keep, or nowhere to write
+    it: then no file is left.
     """
     with _open(path) as container:
-        source = _video_stream(container)
-        seconds, frames = _length(container, source)
-        _check(source, seconds, frames)
-        sound = container.streams.audio[0] if container.streams.audio else None
-        suffix = ".mp4" if sound is None or sound.codec.canonical_name in IN_MP4 else ".mkv"
+        try:
+            with _reading():
+                source = _video_stream(container)
+                seconds, frames = _length(container, source)
+                _check(source, seconds, frames)
+                sound = container.streams.audio[0] if container.streams.audio else None
+                suffix = ".mp4" if sound is None or sound.codec.canonical_name in IN_MP4 else ".mkv"
+        except _Damaged as error:
+            raise EditError(f"The video cannot be read ({error}). Convert it to MP4 and resend.") from None
         target = _Target(Path(folder) / f"{name}{suffix}", source, sound)
         try:
-            notes = yield from _edit_frames(container, source, sound, target, edit, seconds)
+            notes = yield from _edit_frames(container, source, sound, target, edit, seconds, stopped)
+            if target.frames == 0:
+                raise EditError(notes[0] if notes else "The video has no frame that can be read.")
+            target.close()
         except BaseException:
             target.discard()
             raise
-    if target.frames == 0:
-        target.discard()
-        raise EditError(notes[0] if notes else "The video has no frame that can be read.")
-    target.close()
+    if target.repeats:
+        notes.append(f"The last {target.repeats} is there twice in the file: H.264 wants even sides.")
     if suffix == ".mkv":
         notes.append(f"The sound is {sound.codec.canonical_name}, which MP4 does not carry: the file is Matroska (.mkv).")
+    if target.sound_lost:
+        notes.append("Some of the sound is damaged and left out.")
     yield Outcome(target.path, target.frames, tuple(notes))
 
 
@@ -175,31 +286,37 @@ def counted(frames: int) -> str:
     return f"{frames} frame{'' if frames == 1 else 's'}"
 
 
-def _edit_frames(container, source, sound, target: "_Target", edit, seconds: float | None):
+def _edit_frames(container, source, sound, target: "_Target", edit, seconds: float | None, stopped):
     """Yields the Progress of each frame; returns the notes, the first of them why it ended early."""
-    aspect = pixel_aspect(source)
     try:
-        for packet in container.demux([source] if sound is None else [source, sound]):
-            if packet.stream is sound:
-                target.copy(packet)
+        for frame, picture in _read(container, source, sound, stopped):
+            if picture is None:
+                target.copy(frame)
                 continue
-            for frame in packet.decode():
-                since_s = (frame.time or 0.0) - target.start_s
-                if target.frames >= MAX_FRAMES or (target.frames and since_s > MAX_SECONDS):
-                    return [f"The video is longer than it says and ends here: allowed are {MAX_SECONDS:.0f} s, {MAX_FRAMES:,} frames."]
-                picture = edit(upright(frame, aspect))
-                target.add(picture, frame)
-                done_s = (frame.time or 0.0) - target.start_s + float((frame.duration or 0) * source.time_base)
-                yield Progress(target.frames, picture, min(1.0, done_s / seconds) if seconds else None)
+            at_s = _seconds(frame.time)
+            since_s = at_s - target.start_s
+            if target.frames >= MAX_FRAMES or (target.frames and since_s > MAX_SECONDS):
+                return [f"The video is longer than it says and ends here: allowed are {MAX_SECONDS:.0f} s, {MAX_FRAMES:,} frames."]
+            picture = edit(picture)
+            target.add(picture, frame)
+            done_s = at_s - target.start_s + _seconds((frame.duration or 0) * (source.time_base or 0))
+            share = min(1.0, max(0.0, done_s / seconds)) if seconds else None
+            yield Progress(target.frames, picture, share)
     except Stop:
         return [f"Stopped after {counted(target.frames)}."]
-    except av.FFmpegError as error:
-        return [f"The file is damaged after {counted(target.frames)} ({error.strerror})."]
+    except _Damaged as error:
+        return [f"The file is damaged after {counted(target.frames)} ({error})."]
     except EditError as error:
-        if target.frames == 0:
+        if target.frames == 0 or target.failed:
             raise
         return [f"It ends after {counted(target.frames)}: {error}"]
     return []
+
+
+def _seconds(value) -> float:
+    """A time of the file's; 0 where there is none, or none that is a number."""
+    seconds = float(value or 0.0)
+    return seconds if math.isfinite(seconds) else 0.0
 
 
 class _Target:
@@ -207,55 +324,90 @@ class _Target:
 
     def __init__(self, path: Path, source: av.VideoStream, sound: av.AudioStream | None):
         self.path, self.frames, self.start_s = path, 0, 0.0
-        self._source = source
+        self.repeats = ""  # what is repeated to make the sides even
+        self.sound_lost = self.failed = False
+        self._source, self._time_base = source, source.time_base or fractions.Fraction(1, 1000)
+        self._rate = _rate(source) or fractions.Fraction(25)
         self._last_pts = None
-        self._container = av.open(str(path), "w", options={"movflags": "faststart"} if path.suffix == ".mp4" else {})
-        self._rate = source.average_rate or source.guessed_rate or fractions.Fraction(25)
-        self._video = self._container.add_stream("libx264", rate=self._rate, options={"crf": QUALITY, "preset": "veryfast"})
-        self._video.pix_fmt = "yuv420p"
+        self._waiting: list[av.Packet] = []  # sound that came before the first picture: its size opens the file
+        with _writing():
+            options = {"movflags": "faststart"} if path.suffix == ".mp4" else {}
+            self._container = av.open(str(path), "w", options=options)
+        try:
+            with _writing():
+                self._video = self._add_video()
+                self._sound = None if sound is None else self._container.add_stream_from_template(sound)
+        except EditError:
+            self.discard()
+            raise
+
+    def _add_video(self) -> av.VideoStream:
+        video = self._container.add_stream("libx264", rate=self._rate, options={"crf": QUALITY, "preset": "veryfast"})
+        video.pix_fmt = "yuv420p"
         # Said in the file, or each player guesses by the picture's height.
-        context = self._video.codec_context
+        context = video.codec_context
         context.colorspace, context.color_primaries, context.color_trc = 1, 1, 1  # BT.709
         context.color_range = 1  # limited
-        context.time_base = source.time_base
-        self._sound = None if sound is None else self._container.add_stream_from_template(sound)
-        self._waiting: list[av.Packet] = []  # sound that came before the first picture: its size opens the file
+        context.time_base = self._time_base
+        return video
 
     def add(self, picture: np.ndarray, frame: av.VideoFrame) -> None:
-        """The edited `picture` at the time of the `frame` it was made from."""
-        step = max(1, round(1 / (self._rate * self._source.time_base)))
+        """The edited `picture` at the time of the `frame` it was made from. Raises EditError."""
+        step = max(1, round(1 / (self._rate * self._time_base)))
         pts = frame.pts
         if pts is None or (self._last_pts is not None and pts <= self._last_pts):
             pts = 0 if self._last_pts is None else self._last_pts + step  # some old files give no times, or some twice
+        height, width = picture.shape[:2]
+        picture = padded(picture, 2)
         if self.frames == 0:
             self._video.height, self._video.width = picture.shape[:2]
-            self.start_s = frame.time or 0.0
+            self.repeats = " and the last ".join(name for name, side in (("column", width), ("row", height)) if side % 2)
+            self.start_s = _seconds(frame.time)
         image = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
             format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
         )
-        image.pts, image.time_base = pts, self._source.time_base
-        image.duration = frame.duration or step
+        with self._failing():
+            image.pts, image.time_base = pts, self._time_base
+            image.duration = frame.duration if 0 < (frame.duration or 0) < 2**31 else step
+            self._container.mux(self._video.encode(image))
         self._last_pts = pts
         self.frames += 1
-        self._container.mux(self._video.encode(image))
         while self._waiting:
             self.copy(self._waiting.pop(0))
 
     def copy(self, packet: av.Packet) -> None:
+        """A packet of the sound; one that the file does not take is left out. Raises EditError when the disk is full."""
         if packet.dts is None:  # the demuxer's sign that the stream has ended
             return
         if self.frames == 0:
             self._waiting.append(packet)
             return
         packet.stream = self._sound
-        self._container.mux(packet)
+        try:
+            self._container.mux(packet)
+        except (av.FFmpegError, ValueError, OverflowError) as error:
+            if getattr(error, "errno", None) in DISK_FULL:
+                self.failed = True
+                raise EditError(disk_full(error)) from None
+            self.sound_lost = True
+
+    @contextlib.contextmanager
+    def _failing(self):
+        """As `_writing`; afterwards the file is of no use."""
+        try:
+            with _writing():
+                yield
+        except EditError:
+            self.failed = True
+            raise
 
     def close(self) -> None:
-        self._container.mux(self._video.encode(None))
-        self._container.close()
+        with self._failing():
+            self._container.mux(self._video.encode(None))
+            self._container.close()
 
     def discard(self) -> None:
         """Gives the file up. FFmpeg cannot close one that never began without complaint; it is deleted anyway."""
-        with contextlib.suppress(av.FFmpegError):
+        with contextlib.suppress(av.FFmpegError, OSError, ValueError):
             self._container.close()
         self.path.unlink(missing_ok=True)

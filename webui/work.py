@@ -1,7 +1,7 @@
 """One edit for the page: pictures read, the model waited for, the edit run and stopped, its result saved and described.
 
-Uploaded files are opened by `images.open_image` and by nothing else: Gradio's own reading of a picture fails on odd
-files with a message nobody can act on, and drops alpha, depth and rotation in its own ways.
+Uploaded files are opened by the `Decoder` and by nothing else: Gradio's own reading of a picture fails on odd files with a
+message nobody can act on, drops alpha, depth and rotation in its own ways, and takes what time and memory a file asks for.
 
 What a page has running is a `Job`, one for each of its tabs, found by the page's session and the tab's name: the button
 that stops it is another event than the one that runs it, and a closed page stops all that it has running.
@@ -9,7 +9,6 @@ that stops it is another event than the one that runs it, and a closed page stop
 
 import contextlib
 import html
-import io
 import os
 import queue
 import re
@@ -20,14 +19,16 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from engine.fitting import Fitted
 from pipeline.images import EditError, encode_png, open_image
 from qwen_realtime import EditParams, EditResult, RealtimeEngine
-from server import EngineHolder
+from serving.decode_worker import png_text
+from serving.decoding import LIMITS, Decoder, Left, Sender
+from serving.holder import EngineHolder, why_not
+from webui.full_disk import DISK_FULL, disk_full
+from webui.uploads import check_upload, read_upload, upload_folder
 from webui.zero import ZeroEngine
-
-MAX_PICTURE_BYTES = 64 * 2**20
 
 
 class Stopped(Exception):
@@ -37,7 +38,8 @@ class Stopped(Exception):
 class Job:
     """Something a page runs, and how to stop it: within one step, from any thread."""
 
-    def __init__(self):
+    def __init__(self, decoder: Decoder | None = None, page: str = ""):
+        self._decoder, self._sender = decoder or Decoder(), Sender(page)
         self._lock = threading.Lock()
         self._session = None
         self.stopped = False
@@ -47,6 +49,21 @@ class Job:
             self.stopped = True
             if self._session is not None:
                 self._session.close()
+        self._sender.leave()
+
+    def open(self, data: bytes) -> np.ndarray:
+        """A picture file as uint8 (H, W, 3). Raises EditError, and Stopped."""
+        return self._decoded(self._decoder.open, data)
+
+    def text(self, data: bytes) -> dict[str, str]:
+        """The text chunks of a PNG. Raises EditError, and Stopped."""
+        return self._decoded(self._decoder.text, data)
+
+    def _decoded(self, decode: Callable, data: bytes):
+        try:
+            return decode(data, self._sender)
+        except Left:
+            raise Stopped from None
 
     @contextlib.contextmanager
     def session(self, engine: RealtimeEngine):
@@ -70,14 +87,15 @@ class Job:
 class Jobs:
     """What all open pages run now: {(page, tab): job}."""
 
-    def __init__(self):
+    def __init__(self, decoder: Decoder | None = None):
+        self._decoder = decoder or Decoder()
         self._lock = threading.Lock()
         self._jobs: dict[tuple[str, str], Job] = {}
 
     @contextlib.contextmanager
     def start(self, page: str, tab: str):
         """A new job. One that the tab still runs is stopped: its result would not be looked at any more."""
-        job = Job()
+        job = Job(self._decoder, page)
         with self._lock:
             before, self._jobs[page, tab] = self._jobs.get((page, tab)), job
         if before is not None:
@@ -97,14 +115,20 @@ class Jobs:
             job.stop()
 
 
-def read_picture(path: str | None, name: str = "a picture") -> np.ndarray:
-    """The file as uint8 (H, W, 3). Raises EditError, also when there is none."""
+def read_picture(path: str | None, name: str = "a picture", decode: Callable = open_image) -> np.ndarray:
+    """The file as uint8 (H, W, 3), opened by `decode`. Raises EditError, also when there is none."""
+    check_chosen(path, name)
+    return decode(read_upload(path, LIMITS.file_bytes))
+
+
+def check_chosen(path: str | None, name: str) -> None:
+    """Raises EditError when no file was chosen, or one that is too large to be a picture."""
     if path is None:
         raise EditError(f"Choose {name} first: drop a file, paste one, or press the upload field.")
-    size = Path(path).stat().st_size
-    if size > MAX_PICTURE_BYTES:
-        raise EditError(f"The file has {size:,} bytes. Allowed for a picture: {MAX_PICTURE_BYTES:,}.")
-    return open_image(Path(path).read_bytes())
+    check_upload(path)
+    size = os.lstat(path).st_size
+    if size > LIMITS.file_bytes:
+        raise EditError(f"The file has {size:,} bytes. Allowed for a picture: {LIMITS.file_bytes:,}.")
 
 
 def wait_for_engine(holder: EngineHolder, job: Job, progress: Callable) -> RealtimeEngine:
@@ -115,13 +139,13 @@ def wait_for_engine(holder: EngineHolder, job: Job, progress: Callable) -> Realt
             raise Stopped
         progress(status["fraction"], desc=f"The model is loading: {status['text']}")
         status = holder.wait(1.0)
-    if status["state"] == "failed":
-        raise EditError(f"The model could not be loaded: {status['text']}")
+    if status["state"] != "ready":
+        raise EditError(why_not(status))
     return holder.engine
 
 
 def run_edit(
-    engine: RealtimeEngine, images: list[np.ndarray], params: EditParams, job: Job, on_step: Callable[[int, int], None]
+    engine: RealtimeEngine, images: Fitted, params: EditParams, job: Job, on_step: Callable[[int, int], None]
 ) -> EditResult:
     """One edit; `on_step(done, of)` is called on this thread, while the engine calls on its own. Raises EditError, Stopped."""
     if isinstance(engine, ZeroEngine):  # neither steps nor a stop can cross to the process that has the GPU
@@ -138,10 +162,15 @@ def run_edit(
 
 
 def new_folder() -> Path:
-    """A folder in Gradio's cache: what lies there is served to the page, and deleted with the rest."""
-    cache = Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio")
-    cache.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(dir=cache))
+    """A folder in Gradio's cache: what lies there is served to the page, and deleted with the rest. Raises EditError."""
+    cache = upload_folder()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=cache))
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise EditError(disk_full(error)) from None
 
 
 def telling_name(params: EditParams) -> str:
@@ -149,22 +178,43 @@ def telling_name(params: EditParams) -> str:
     return f"{words}-{params.seed}"
 
 
+@contextlib.contextmanager
+def writing(path: Path):
+    """Within it the file is written. When the disk is full, nothing is left of it and EditError is raised."""
+    try:
+        yield path
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        if error.errno not in DISK_FULL:
+            raise
+        with contextlib.suppress(OSError):  # another file may be in it
+            path.parent.rmdir()
+        raise EditError(disk_full(error)) from None
+
+
 def save_png(result: EditResult, model: str) -> str:
-    """A PNG with a telling name and its settings inside, as `settings_inside` reads them back."""
-    path = new_folder() / f"{telling_name(result.params)}.png"
-    text = {name: str(value) for name, value in asdict(result.params).items()} | {"model": model}
-    path.write_bytes(encode_png(result.image, text))
+    """A PNG with a telling name and its settings inside, as `settings_inside` reads them back. Raises EditError."""
+    height, width = result.image.shape[:2]  # also where they followed from the picture
+    made = asdict(result.params) | {"width": width, "height": height, "model": model}
+    text = {name: str(value) for name, value in made.items()}
+    with writing(new_folder() / f"{telling_name(result.params)}.png") as path:
+        path.write_bytes(encode_png(result.image, text))
     return str(path)
 
 
-def settings_inside(path: str) -> EditParams | None:
+def settings_inside(path: str, read_text: Callable[[bytes], dict[str, str]] = png_text) -> EditParams | None:
     """The settings that this editor wrote into a picture, None where there are none. Never raises on a file's account:
     a picture is a picture, whatever else it carries.
     """
     try:
-        with Image.open(io.BytesIO(Path(path).read_bytes()), formats=("PNG",)) as image:
-            text = image.text
-    except Exception:  # what a damaged file makes its reader raise; whether it is a picture is said elsewhere
+        data = read_upload(path, LIMITS.file_bytes)
+    except EditError:
+        return None
+    if b"prompt\0" not in data:  # the name of the text chunk; most pictures need not be read for it
+        return None
+    try:
+        text = read_text(data)
+    except EditError:  # said when the picture itself is read
         return None
     if not {"prompt", "seed", "steps"} <= text.keys():
         return None
@@ -192,4 +242,3 @@ def describe(result: EditResult) -> str:
     steps = f"{result.params.steps} step{'s' if result.params.steps > 1 else ''}"
     said = f"{stages.get('total', 0):.0f} ms: {parts}<br>{width}×{height} · {steps} · seed {result.params.seed}"
     return "<br>".join([said, *(html.escape(note) for note in result.notes)])
-

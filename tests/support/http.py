@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import httpx
 import uvicorn
 from starlette.applications import Starlette
+from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from benchmarks.live_view import PassThrough
@@ -74,6 +75,15 @@ def post(address, body, **options):
     if "content" not in options:
         options["json"] = body
     return httpx.post(f"http://{address}/edit", timeout=PATIENCE_S, **options)
+
+
+def handshake_status(address, **headers) -> int:
+    """The status with which the live socket answers: 101 is open."""
+    try:
+        with connect(f"ws://{address}/live", additional_headers=headers):
+            return 101
+    except InvalidStatus as error:
+        return error.response.status_code
 
 
 class Browser:

@@ -2,7 +2,6 @@
 
 import torch
 from diffusers import QwenImageTransformer2DModel
-from safetensors.torch import save_file
 from torch import nn
 
 from fp8_linear import Fp8Linear
@@ -13,16 +12,6 @@ LAYOUTS = {
     "one reference": ((1, 8, 8), (1, 8, 8)),
     "a wide picture, a small reference": ((1, 4, 12), (1, 4, 4)),
     "three references": ((1, 4, 4), (1, 4, 4), (1, 2, 6), (1, 4, 2)),
-}
-LORA_LINEARS = (
-    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
-    "attn.to_add_out", "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
-)  # fmt: skip
-LORA_STYLES = {  # (down, up, prefix, alpha stored)
-    "lightning": ("lora_down.weight", "lora_up.weight", "", True),
-    "diffusers": ("lora_A.weight", "lora_B.weight", "transformer.", False),
-    "comfy": ("lora_A.weight", "lora_B.weight", "diffusion_model.", False),
-    "peft": ("lora_A.default.weight", "lora_B.default.weight", "", False),
 }
 
 
@@ -64,21 +53,3 @@ def same_weights(a: nn.Module, b: nn.Module) -> None:
     a, b = a.state_dict(), b.state_dict()
     assert a.keys() == b.keys()
     assert all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
-
-
-def write_lora(path, transformer, style="lightning", rank=4, alpha=8.0, seed=0):
-    """A LoRA over the 12 Linears of each block as a file; returns the change W gets at weight 1, by parameter."""
-    down_name, up_name, prefix, has_alpha = LORA_STYLES[style]
-    random, state, deltas = torch.Generator().manual_seed(seed), {}, {}
-    for block in range(len(transformer.transformer_blocks)):
-        for linear in LORA_LINEARS:
-            name = f"transformer_blocks.{block}.{linear}"
-            out_features, in_features = transformer.get_submodule(name).weight.shape
-            down = torch.randn(rank, in_features, generator=random) * 0.05
-            up = torch.randn(out_features, rank, generator=random) * 0.05
-            state |= {f"{prefix}{name}.{down_name}": down, f"{prefix}{name}.{up_name}": up}
-            if has_alpha:
-                state[f"{prefix}{name}.alpha"] = torch.tensor(alpha)
-            deltas[f"{name}.weight"] = (alpha / rank if has_alpha else 1.0) * up @ down
-    save_file(state, path)
-    return deltas

@@ -74,20 +74,23 @@ async function takeFrame(own, capturedAt) {
   }
 }
 
-/* The source's picture at the output's shape: cropped or padded, flipped if asked, smaller on a slow link. */
+/* The source's picture at the output's shape: whole, or cropped or padded if asked, flipped if asked, smaller on a slow link. */
 async function encodeFrame(own, level) {
-  const width = Math.round(own.size.width * level.scale), height = Math.round(own.size.height * level.scale);
+  const [width, height] = [own.size.width, own.size.height].map((side) => Math.max(1, Math.round(side * level.scale)));
   const target = own.scratch;
   if (target.width !== width || target.height !== height) Object.assign(target, { width, height });
   const context = target.getContext("2d", { alpha: false });
   const [w, h] = sourceSize(own.source);
   const scale = padded() ? Math.min(width / w, height / h) : Math.max(width / w, height / h);
+  const [drawnWidth, drawnHeight] = keepsShape() ? [width, height] : [w * scale, h * scale]; // no fraction of a pixel is cut
   const [across, down] = flipSigns();
   context.setTransform(1, 0, 0, 1, 0, 0);
   context.imageSmoothingQuality = "high";
   if (padded()) context.fillRect(0, 0, width, height);
   context.setTransform(across, 0, 0, down, across < 0 ? width : 0, down < 0 ? height : 0);
-  context.drawImage(drawable(own.source), (width - w * scale) / 2, (height - h * scale) / 2, w * scale, h * scale);
+  context.drawImage(
+    drawable(own.source), (width - drawnWidth) / 2, (height - drawnHeight) / 2, drawnWidth, drawnHeight,
+  );
   return target.convertToBlob
     ? target.convertToBlob({ type: "image/jpeg", quality: level.quality })
     : new Promise((resolve) => target.toBlob(resolve, "image/jpeg", level.quality));

@@ -1,14 +1,23 @@
 /* The way to the server and back. A link is {kind, hasRoom(), frame(number, jpeg), params(params), quality(q), close()}.
 The live socket's protocol is written down at the top of routes/live.py. Where no socket can be opened, single frames go
 as POST /edit: slower, and without what the engine remembers from frame to frame; the page says so. Whatever breaks, the
-page tries again by itself until Stop is pressed. */
+page tries again by itself, ever more slowly, until Stop is pressed, or until the server says that it will not have it. */
 
 const SILENCE_MS = 10000; // an acknowledgement takes a round trip; after this long the connection is dead
 const SOCKET_TRIES = 3; // that have failed while the server answers, before single frames are posted
 const SOCKET_AGAIN_MS = 30000; // while posting: is there a socket now?
 const POSTS_AT_A_TIME = 2;
+const AGAIN_MS = [500, 8000]; // between two tries: the first, and the longest; drawn at random, lest all pages come at once
 
 const here = (path) => new URL(path, document.baseURI);
+
+const pauseMs = (tries) => Math.min(AGAIN_MS[0] * 2 ** (tries - 1), AGAIN_MS[1]) * (0.5 + Math.random() / 2);
+
+/* What to tell the person where it is of no use to try again; "" where it may help. */
+function refusedFor(status, error) {
+  if (status === 401) return "Your login has ended. Reload the page and log in again.";
+  return status === 403 ? `The server refuses this page. ${error || "It does not say why: ask whoever runs it, or its proxy."}` : "";
+}
 
 function useLink(own, link) {
   own.link = link;
@@ -29,7 +38,6 @@ function connect(own) {
   const socket = new WebSocket(url);
   own.socket = socket;
   socket.binaryType = "arraybuffer";
-  let opened = false;
   const unacked = new Set();
   const open = () => socket.readyState === WebSocket.OPEN;
   const link = {
@@ -63,7 +71,6 @@ function connect(own) {
   };
   socket.onopen = () => {
     if (own.socket !== socket) return;
-    opened = true;
     own.heardAt = performance.now();
     own.link?.close(); // single frames were posted until now
     useLink(own, link);
@@ -72,13 +79,16 @@ function connect(own) {
     if (!own.alive || own.socket !== socket) return;
     own.heardAt = performance.now();
     if (typeof event.data === "string") onText(own, link, JSON.parse(event.data));
-    else onPicture(own, ...readPicture(event.data));
+    else {
+      own.attempts = 0;
+      onPicture(own, ...readPicture(event.data));
+    }
   };
   socket.onclose = (event) => {
     if (own.socket !== socket) return;
     own.socket = null;
     if (own.link && own.link !== link) return; // only a try, while single frames are posted
-    lose(own, event.reason || "The connection was lost.", opened);
+    lose(own, event.reason || "The connection was lost.");
   };
 }
 
@@ -89,21 +99,22 @@ function readPicture(buffer) {
   return [view.getUint32(0, true), meta, new Blob([new Uint8Array(buffer, 8 + length)], { type: "image/jpeg" })];
 }
 
-async function lose(own, why, opened) {
+async function lose(own, why) {
   if (!own.alive) return;
   own.socket?.close();
   own.socket = null;
   own.link?.close();
   useLink(own, null);
-  own.attempts = opened ? 1 : own.attempts + 1;
+  own.attempts += 1; // a picture begins the count again: a socket that opens only to close is no success
   setState("reconnecting");
   say(`${why} Connecting again…`, true);
   const health = await fetch(here("health")).catch(() => null);
-  const known = health?.ok ? await health.json().catch(() => null) : null;
+  const known = await health?.json().catch(() => null);
   if (!own.alive || own.link || own.socket) return;
-  if (health?.status === 401) return stop("Your login has ended. Reload the page and log in again.", true);
+  const refused = refusedFor(health?.status, known?.error);
+  if (refused) return stop(refused, true);
   if (known?.state === "ready" && own.attempts >= SOCKET_TRIES) return usePosts(own, known);
-  setTimeout(() => { if (own.alive && !own.socket && !own.link) connect(own); }, Math.min(500 * 2 ** (own.attempts - 1), 5000));
+  setTimeout(() => { if (own.alive && !own.socket && !own.link) connect(own); }, pauseMs(own.attempts));
 }
 
 function onText(own, link, data) {
@@ -128,7 +139,6 @@ function onError(own, number, text) {
 
 function onStatus(own, status) {
   if (status.state === "ready") {
-    own.attempts = 0;
     own.defaultSize = status.default_size;
     own.description = status.description;
     if (own.ready) return;
@@ -164,12 +174,12 @@ function usePosts(own, health) {
         const pause = await post(own, number, jpeg, ended.signal);
         if (pause) pausedUntil = performance.now() + pause;
       } catch {
-        if (own.link === link) lose(own, "The server does not answer.", true);
+        if (own.link === link) lose(own, "The server does not answer.");
       } finally {
         posted -= 1;
       }
     },
-    params() {}, // each frame carries them
+    params() { pausedUntil = 0; }, // each frame carries them; what was refused may be right now
     quality() {}, // concerns what comes back; its weight is the server's affair here
     close() {
       clearInterval(tries);
@@ -180,6 +190,7 @@ function usePosts(own, health) {
   const again = () => { if (own.alive && own.link === link && !own.socket) connect(own); };
   const tries = setInterval(again, SOCKET_AGAIN_MS);
   addEventListener("online", again);
+  own.attempts = 0;
   useLink(own, link);
   onStatus(own, health);
 }
@@ -199,7 +210,8 @@ async function post(own, number, jpeg, signal) {
   });
   const data = answer.ok ? await answer.blob() : await answer.json().catch(() => ({ error: `The server answered ${answer.status}.` }));
   if (signal.aborted) return 0;
-  if (answer.status === 401) return stop("Your login has ended. Reload the page and log in again.", true);
+  const refused = refusedFor(answer.status, data.error);
+  if (refused) return stop(refused, true);
   if (answer.status === 503) {
     setState("busy");
     say(`${data.error} Waiting…`);
@@ -210,7 +222,11 @@ async function post(own, number, jpeg, signal) {
     setState("running");
     say("");
   }
-  if (!answer.ok) return onError(own, number, data.error);
+  if (!answer.ok) {
+    onError(own, number, data.error);
+    return pauseMs(++own.attempts);
+  }
+  own.attempts = 0;
   const stages = [...(answer.headers.get("server-timing") || "").matchAll(/(\w+);dur=([\d.]+)/g)];
   const { prompt, steps } = asked.params;
   const serverMs = Number(answer.headers.get("x-age-ms"));

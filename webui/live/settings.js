@@ -27,26 +27,18 @@ function showDependents() {
 }
 
 function outputSize() {
-  // As output_size() in routes/edit.py: the area asked for, the source's shape, both sides multiples of 16.
+  // As in_shape() in pipeline/geometry.py: the area asked for and the source's shape, within a pixel.
   const settings = window.editSettings || {};
   const side = settings.size || run.defaultSize;
-  if (settings.shape !== "keep") return { width: side, height: side };
-  const [sourceWidth, sourceHeight] = run.source ? sourceSize(run.source) : [1, 1];
-  const aspect = (sourceWidth || 1) / (sourceHeight || 1);
-  const near = (x) => [...new Set([Math.floor(x / 16) * 16, Math.ceil(x / 16) * 16])]
-    .map((v) => Math.min(Math.max(v, 64), 2048));
-  let best = null;
-  for (const width of near(side * Math.sqrt(aspect))) {
-    for (const height of near(side / Math.sqrt(aspect))) {
-      const error = Math.abs(Math.log(width / height / aspect)), area = Math.abs(width * height - side * side);
-      if (!best || error < best.error - 1e-6 || (error < best.error + 1e-6 && area < best.area)) {
-        best = { width, height, error, area };
-      }
-    }
-  }
-  return { width: best.width, height: best.height };
+  if (!keepsShape()) return { width: side, height: side };
+  const [w, h] = run.source ? sourceSize(run.source) : [1, 1];
+  const long = Math.max(w, h) || 1, short = Math.min(w, h) || 1;
+  const first = Math.min(2048, Math.max(1, Math.round(side * Math.sqrt(long / short))));
+  const second = Math.max(1, Math.round(first * short / long));
+  return w >= h ? { width: first, height: second } : { width: second, height: first };
 }
 
+const keepsShape = () => ((window.editSettings || {}).shape ?? "keep") === "keep";
 const padded = () => (window.editSettings || {}).shape === "pad";
 
 function sendParams() {
