@@ -18,10 +18,10 @@ pytest.register_assert_rewrite("support")  # its asserts say their numbers too
 BROWSER_FIXTURES = {"browser", "open_page"}
 PROGRAM_FIXTURES = {"program", "ready", "port"}
 STARTS_A_PROGRAM = {"test_http_program", "test_kernels", "test_schemathesis_finds_nothing_that_the_document_does_not_promise"}
-LONGEST_GROUPS = ["program", "test_live_stream", "test_kernels", "test_techniques", "test_cached_pipeline"]
+LONGEST = ["test_webui", "test_live_stream", "test_kernels", "test_techniques", "test_cached_pipeline", "test_stock_methods"]
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` selects by these marks and xdist reads the groups
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects by these marks
 def pytest_collection_modifyitems(config, items):
     for item in items:
         module, fixtures = item.module.__name__, set(item.fixturenames)
@@ -31,20 +31,13 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker("program")
         if re.search(r"(^|_)cuda$", module):
             item.add_marker("cuda")
-        item.add_marker(pytest.mark.xdist_group(_group(item, fixtures)))
-    # Before the others: a long group that begins last would have one worker for itself, and the other none.
-    order = {group: place for place, group in enumerate(LONGEST_GROUPS)}
-    items.sort(key=lambda item: order.get(item.get_closest_marker("xdist_group").args[0], len(order)))
+    # A long file that begins last would have one worker for itself, and the other nothing to do.
+    order = {module: place for place, module in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.module.__name__, len(order)))
     if "endurance" not in config.option.markexpr:  # only `-m endurance` runs what takes minutes by nature
         long = {item for item in items if item.get_closest_marker("endurance")}
         config.hook.pytest_deselected(items=list(long))
         items[:] = [item for item in items if item not in long]
-
-
-def _group(item, fixtures: set[str]) -> str:
-    """What one worker runs: all tests of the session's program and browser, else all of a module, whose fixtures are made once."""
-    own = vars(item.module)  # a module may have a program or a browser of its own under these names
-    return "program" if any(name in fixtures and name not in own for name in ("program", "browser")) else item.module.__name__
 
 
 # Pictures and models -----------------------------------------------------------------------------------------------------
@@ -88,7 +81,7 @@ def pocket_copy(pocket):
     return pocket_copy
 
 
-# The program, one for the whole session, and the browser, one for each module -------------------------------------------
+# The program, one for the session of a worker, and the browser, one for each module -------------------------------------------
 
 
 @pytest.fixture(scope="session")
