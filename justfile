@@ -10,7 +10,7 @@ test-all:
     python -m pytest
 
 endurance:
-    python -m pytest tests/endurance
+    python -m pytest -m endurance
 
 lint:
     ruff check .

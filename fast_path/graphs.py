@@ -19,22 +19,25 @@ from typing import NamedTuple
 import torch
 
 
-class _Recorded(NamedTuple):
-    graph: torch.cuda.CUDAGraph
+class Recording(NamedTuple):
+    replay: Callable[[], None]  # computes `outputs` from what `inputs` hold
     inputs: tuple[torch.Tensor, ...]
     outputs: tuple[torch.Tensor, ...]
-    single: bool
+    single: bool  # the function returned one tensor, no tuple
     function: Callable  # what it has captured by closure has to live as long as the graph reads it
 
 
 class Graphs:
-    """Recordings of functions, bounded, least recently used out first. On a CPU functions simply run."""
+    """Recordings of functions by shape, at most `max_entries`, the least recently used evicted first.
 
-    def __init__(self, max_entries: int = 48):
+    On a CPU functions simply run: `recorder` says what can be recorded, and does it.
+    """
+
+    def __init__(self, max_entries: int = 48, recorder: "CudaRecorder | None" = None):
         self.max_entries = max_entries
         self.recordings = 0  # how often something was recorded: a steady stream records nothing
-        self._entries: OrderedDict[Hashable, _Recorded] = OrderedDict()
-        self._pool = self._stream = None
+        self._entries: OrderedDict[Hashable, Recording] = OrderedDict()
+        self._recorder = recorder or CudaRecorder()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -46,47 +49,62 @@ class Graphs:
         ask the GPU nothing, copy nothing from the host, and read no tensors other than the inputs and its own. The first
         call for a key runs it as it is, which fills caches and compiles kernels, and records it afterwards.
         """
-        if not inputs[0].is_cuda:
+        if not self._recorder.records(inputs[0]):
             return function(*inputs)
         key = _kind(key, inputs)
         entry = self._entries.get(key)
         if entry is None:
             outputs = function(*inputs)
-            self._keep(key, self._record(function, inputs))
+            self._add(key, function, inputs)
             return outputs
         self._entries.move_to_end(key)
         for static, given in zip(entry.inputs, inputs, strict=True):
             static.copy_(given)
-        entry.graph.replay()
+        entry.replay()
         outputs = tuple(t.clone() for t in entry.outputs)
         return outputs[0] if entry.single else outputs
 
     def knows(self, key: Hashable, *inputs: torch.Tensor) -> bool:
         """Whether `run` would record nothing."""
-        return not inputs[0].is_cuda or _kind(key, inputs) in self._entries
+        return not self._recorder.records(inputs[0]) or _kind(key, inputs) in self._entries
 
     @property
     def full(self) -> bool:
-        """Whether the next recording pushes another one out."""
+        """Whether the next recording evicts another one."""
         return len(self._entries) >= self.max_entries
 
     def record(self, key: Hashable, function: Callable, *inputs: torch.Tensor) -> None:
         """Record before it is needed, on CUDA. Nothing runs: what a first call compiles and fills has to exist already."""
-        self._keep(_kind(key, inputs), self._record(function, inputs))
-
-    def _keep(self, key: Hashable, entry: _Recorded) -> None:
-        self._entries[key] = entry
-        if len(self._entries) > self.max_entries:
-            self._entries.popitem(last=False)
+        self._add(_kind(key, inputs), function, inputs)
 
     def clear(self) -> None:
         """Forgets all recordings and frees their memory."""
         self._entries.clear()
+        self._recorder.clear()
+
+    def _add(self, key: Hashable, function: Callable, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.recordings += 1
+        self._entries[key] = self._recorder.record(function, inputs)
+        if len(self._entries) > self.max_entries:
+            self._entries.popitem(last=False)
+
+
+class CudaRecorder:
+    """Records functions as CUDA graphs that share a memory pool."""
+
+    def __init__(self):
+        self._pool = self._stream = None
+
+    def records(self, tensor: torch.Tensor) -> bool:
+        """Whether a function of this tensor can be recorded."""
+        return tensor.is_cuda
+
+    def clear(self) -> None:
+        """The next recording starts a new memory pool."""
         self._pool = None
 
-    def _record(self, function: Callable, inputs: tuple[torch.Tensor, ...]) -> _Recorded:
+    def record(self, function: Callable, inputs: tuple[torch.Tensor, ...]) -> Recording:
         """Nothing runs here: the GPU goes on with what it was given before."""
-        self.recordings += 1
         static = tuple(t.clone() for t in inputs)
         current = torch.cuda.current_stream()
         if self._pool is None:
@@ -108,7 +126,7 @@ class Graphs:
             graph.capture_end()
         current.wait_stream(self._stream)
         single = isinstance(outputs, torch.Tensor)
-        return _Recorded(graph, static, (outputs,) if single else tuple(outputs), single, function)
+        return Recording(graph.replay, static, (outputs,) if single else tuple(outputs), single, function)
 
 
 def _kind(key: Hashable, inputs: tuple[torch.Tensor, ...]) -> Hashable:

@@ -8,7 +8,7 @@ import re
 
 import pytest
 import triton
-from hopper import assembled, compiled
+from support.hopper import assembled, compiled
 from triton.experimental.gluon import language as gl
 
 from fast_path import attention

@@ -1,41 +1,53 @@
-"""Shared fixtures. The suite runs on the embedded model: real classes, small weights, no network, no GPU."""
+"""Shared fixtures and marks. The suite runs on the embedded model: real classes, small weights, no network, no GPU."""
 
+import copy
 import os
-import sys
-from pathlib import Path
+import re
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the program does: threads that spin starve all else on 2 cores
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(2)
-pytest.register_assert_rewrite("page", "http_side", "stand_ins", "hopper", "small_models", "lora_files")  # what tests share: its asserts say their numbers too
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the program does: threads that spin starve all else on 2 cores
+# Of two workers on two cores each computes on one; products of 64x64 tensors gain nothing from a second.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+pytest.register_assert_rewrite("support")  # its asserts say their numbers too
+
+# Marks -------------------------------------------------------------------------------------------------------------------
+
+BROWSER_FIXTURES = {"browser", "open_page"}
+PROGRAM_FIXTURES = {"program", "ready", "port"}
+STARTS_A_PROGRAM = {"test_http_program", "test_kernels", "test_schemathesis_finds_nothing_that_the_document_does_not_promise"}
+LONGEST = ["test_webui", "test_live_stream", "test_kernels", "test_techniques", "test_cached_pipeline", "test_stock_methods"]
 
 
-def make_photo(width: int = 256, height: int = 256, seed: int = 0) -> np.ndarray:
-    """A picture with what photos have: smooth light, edges, colours, fine texture. uint8 (H, W, 3), same by seed."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
-    y, x = y / height, x / width
-    sky, ground = rng.uniform(40, 255, 3), rng.uniform(0, 180, 3)
-    image = sky + (ground - sky) * y[..., None]
-    for _ in range(6):  # discs and boxes with shading: hard edges at known places
-        cx, cy, r = rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.9), rng.uniform(0.05, 0.25)
-        colour = rng.uniform(0, 255, 3)
-        disc = ((x - cx) ** 2 + (y - cy) ** 2 < r * r) if rng.random() < 0.6 else (abs(x - cx) < r) & (abs(y - cy) < r)
-        image = np.where(disc[..., None], colour * (1.15 - 0.5 * (y - cy + r) / (2 * r))[..., None], image)
-    image += 12 * np.sin(2 * np.pi * (x * rng.uniform(5, 30) + y * rng.uniform(5, 30)))[..., None]
-    image += rng.normal(0, 4, image.shape)
-    return np.clip(image, 0, 255).round().astype(np.uint8)
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects by these marks
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        module, fixtures = item.module.__name__, set(item.fixturenames)
+        if BROWSER_FIXTURES & fixtures:
+            item.add_marker("browser")
+        if PROGRAM_FIXTURES & fixtures or STARTS_A_PROGRAM & {module, item.originalname}:
+            item.add_marker("program")
+        if re.search(r"(^|_)cuda$", module):
+            item.add_marker("cuda")
+    # A long file that begins last would have one worker for itself, and the other nothing to do.
+    order = {module: place for place, module in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.module.__name__, len(order)))
+    if "endurance" not in config.option.markexpr:  # only `-m endurance` runs what takes minutes by nature
+        long = {item for item in items if item.get_closest_marker("endurance")}
+        config.hook.pytest_deselected(items=list(long))
+        items[:] = [item for item in items if item not in long]
+
+
+# Pictures and models -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def photo():
     """`photo(width, height, seed)` -> uint8 (H, W, 3)."""
+    from support.pictures import make_photo
+
     return make_photo
 
 
@@ -51,3 +63,78 @@ def pocket():
             pipeline.transformer.proj_out.weight, std=0.05, generator=torch.Generator().manual_seed(0)
         )
     return pipeline
+
+
+@pytest.fixture(scope="session")
+def pocket_copy(pocket):
+    """`pocket_copy(dtype)` -> a pipeline of the test's own on copies of the session's networks: 30 ms where loading takes a
+    second. For tests that change the model and whose claim is not about loading.
+    """
+
+    def pocket_copy(dtype: torch.dtype = torch.float32):
+        parts = {name: copy.deepcopy(part) for name, part in pocket.components.items() if name not in ("tokenizer", "processor")}
+        own = type(pocket)(tokenizer=pocket.tokenizer, processor=pocket.processor, **parts)
+        own._origin = copy.deepcopy(pocket._origin)
+        own.set_progress_bar_config(disable=True)
+        return own.to(dtype)
+
+    return pocket_copy
+
+
+# The program, one for the session of a worker, and the browser, one for each module -------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+    """`webui_realtime.py` on the pocket model as soon as it answers; the model may still be loading."""
+    from support.page import Program
+
+    from webui.mcp import mcp_missing
+
+    flags = [] if mcp_missing() else ["--mcp"]  # where its package is here
+    with Program(tmp_path_factory.mktemp("program") / "log.txt", *flags) as program:
+        yield program
+
+
+@pytest.fixture
+def ready(program):
+    """The program with its model loaded and no one served: what the test before has left is gone."""
+    program.until(lambda health: health["state"] == "ready", "the model is loaded")
+    program.until(lambda health: health["stats"]["sessions"] == 0, "the sessions of the test before are closed")
+    return program
+
+
+@pytest.fixture(scope="session")
+def camera():
+    """What the browser's camera shows: uint8 (256, 256, 3)."""
+    from support.pictures import held_out
+
+    return held_out("coffee.png")
+
+
+@pytest.fixture(scope="module")  # not longer: its event loop runs in this thread, where other tests run theirs
+def playwright():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        yield playwright
+
+
+@pytest.fixture(scope="module")
+def browser(playwright, camera, tmp_path_factory):
+    """Chromium; a module whose camera shows something else has a browser of its own under this name."""
+    from support.page import launch_browser, write_camera
+
+    browser = launch_browser(playwright, write_camera(tmp_path_factory.mktemp("camera") / "camera.mjpeg", camera))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """open_page(url, init script, **context options) -> a page; no page may write an error to the console."""
+    from support.page import Pages
+
+    with Pages(browser) as pages:
+        yield pages.open
+    assert not pages.errors, pages.errors

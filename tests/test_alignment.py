@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stand_ins import serve
+from support.engine import serve
 
 from benchmarks import alignment
 from benchmarks.videos import PHOTOS

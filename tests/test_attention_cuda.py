@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import sqnr_db
+from support.models import sqnr_db
 
 from fast_path import attention
 from fast_path.attention import EIGHT, Scales

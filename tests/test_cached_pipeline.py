@@ -18,8 +18,8 @@ from pipeline.images import EditError, Pictures, encode_png
 from pipeline.sampling import LIGHTNING_SCHEDULER, lightning_scheduler, noise_levels, true_cfg
 
 # Stock runs the same operations in another grouping (a vision call for all pictures, a mask of ones, 3-D convolutions):
-# what differs is float32 rounding, seen up to 2e-6 on pictures in [0, 1].
-STOCK_TOLERANCE = 1e-4
+# what differs is float32 rounding, seen up to 2e-6 on pictures in [0, 1]. Other processors round otherwise: four times that.
+STOCK_TOLERANCE = 8e-6
 BASE_SCHEDULER = LIGHTNING_SCHEDULER | {"base_shift": 0.5, "max_shift": 0.9, "shift_terminal": 0.02}
 PROMPT = "turn it into a pencil sketch"
 # A batch multiplies other shapes, so other kernels round differently: float32 noise, amplified through the layers.
@@ -265,7 +265,7 @@ def test_stock_alone_reads_the_picture_as_text(pocket, photo):
         told, _ = stock.encode_prompt(PROMPT, condition)
     ours, _ = pocket.encode_prompt(PROMPT, condition)
     assert largest(ours, told.detach()) < STOCK_TOLERANCE
-    assert largest(ours, alone.detach()) > 100 * STOCK_TOLERANCE
+    assert largest(ours, alone.detach()) > 1e-2
 
 
 def test_the_vocabulary_head_never_runs(pocket, photo):

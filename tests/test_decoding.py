@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile_pictures import bombs, flipped, huge_headers, photo, repeated_scans, saved
 from PIL import Image
+from support.hostile_pictures import bombs, flipped, huge_headers, photo, repeated_scans, saved
 
 from pipeline import picture_files
 from pipeline.picture_files import EditError, open_image

@@ -14,9 +14,10 @@ from pathlib import Path
 import httpx
 import pytest
 from gradio_client import Client, exceptions, handle_file
-from hostile_pictures import photo, repeated_scans, saved
-from http_side import Browser, b64, grey, wait_until
 from PIL import Image
+from support.hostile_pictures import photo, repeated_scans, saved
+from support.http import Browser, b64, wait_until
+from support.pictures import grey
 
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST_S = 5.0  # that a bystander may wait

@@ -312,10 +312,8 @@ def test_self_negative_takes_the_first_of_several_references(fast, inputs):
     assert references.latents.shape[1] > tokens and torch.equal(picture.negative_clean, references.latents[:, :tokens])
 
 
-def test_half_precision_stays_half(photo):
-    from cached_pipeline import load_pipeline
-
-    pipe = load_pipeline("pocket", dtype=torch.bfloat16)
+def test_half_precision_stays_half(pocket_copy, photo):
+    pipe = pocket_copy(torch.bfloat16)
     embeds, mask = pipe.encode_prompt(SEPIA, photo(64, 64))
     references = pipe.encode_references(photo(64, 64), area=64 * 64)
     arguments = (pipe.initial_noise(64, 64), references, embeds, mask, pipe.schedule(2, 64, 64))

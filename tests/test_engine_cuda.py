@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from stand_ins import PATIENCE_S
-from test_engine_pipelining import backlog
-from test_engine_stream_batch import stream
+from support.engine import PATIENCE_S, backlog, stream
+from support.pictures import psnr_db
 
 from cached_pipeline import load_pipeline
 from fast_path.reuse import AHEAD_EVERY
@@ -20,11 +19,6 @@ ROUNDS = 12
 @pytest.fixture(scope="module")
 def pipe():
     return load_pipeline("pocket", device="cuda")
-
-
-def psnr_db(one: np.ndarray, other: np.ndarray) -> float:
-    error = np.square(one.astype(np.float32) - other).mean() / 255**2
-    return 100.0 if error == 0 else float(-10 * np.log10(error))
 
 
 def rounds(engine, photo, settings) -> list[list[np.ndarray]]:

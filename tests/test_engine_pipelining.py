@@ -8,9 +8,11 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from stand_ins import PATIENCE_S, FakePipeline, edit, grey
-from test_engine_stream_batch import BatchingFake, stream
+from support.engine import PATIENCE_S, BatchingFake, Clock, FakePipeline, backlog, edit, stream
+from support.pictures import grey
 
+import qwen_realtime as engine_module
+from engine.pace import Cost, plan_of
 from pipeline.images import EditError
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
 
@@ -38,16 +40,6 @@ def overlapped(pipeline, **options):
     engine._overlap = True
     with engine:
         yield engine
-
-
-def backlog(engine, fake, frames):
-    """The results of (session, picture, params) whose frames all wait before the first is taken, one a session."""
-    outcomes = []
-    with engine._lock:
-        for session, picture, params in frames:
-            session.submit([picture], params)
-            outcomes.append(session._pending.outcome)
-    return [outcome.result(PATIENCE_S) for outcome in outcomes]
 
 
 def test_the_next_frame_is_encoded_before_the_last_is_decoded_and_that_before_the_next_denoise():
@@ -155,3 +147,29 @@ def test_pipelining_can_be_turned_off_and_says_why_it_is():
         assert engine.description["pipelining"] == {"applied": False, "reason": "turned off"}
     with RealtimeEngine(FakePipeline()) as engine:
         assert not engine.description["pipelining"]["applied"] and "cpu" in engine.description["pipelining"]["reason"]
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """What `take_at` was asked: (busy until, length of an encode), once for each turn."""
+    asked, real = [], engine_module.take_at
+    monkeypatch.setattr(engine_module, "take_at", lambda *args: asked.append(args) or real(*args))
+    return asked
+
+
+@pytest.mark.parametrize("batch, busy_s", [(False, 0.4), (True, 0.1)], ids=["all four steps", "one step of a stream batch"])
+def test_the_next_frame_is_due_by_what_frames_of_its_kind_took_lately(taken, batch, busy_s):
+    clock, params = Clock(), edit(steps=4, stream_batch=batch)
+    with overlapped(BatchingFake(), clock=clock) as engine, engine.open_session() as session:
+        cost = Cost(encode=20.0, denoise=400.0, decode=30.0, latency=450.0)
+        engine._costs.add(plan_of(params, (64, 64), 1), cost, clock())
+        before = len(taken)
+        stream(session, [(grey(), params)])
+    assert next(args for args in taken[before:] if args != (0.0, 0.0)) == pytest.approx((clock() + busy_s, 0.02))
+
+
+def test_without_overlap_no_frame_waits_for_the_one_before(taken):
+    with RealtimeEngine(BatchingFake(), EngineConfig(fast_path=False), clock=Clock()) as engine, engine.open_session() as session:
+        engine._costs.add(plan_of(edit(), (64, 64), 1), Cost(20.0, 400.0, 30.0, 450.0), 1000.0)
+        stream(session, [(grey(), edit())] * 2)
+    assert set(taken) == {(0.0, 0.0)}

@@ -4,8 +4,8 @@ import random
 from concurrent.futures import Future
 
 import pytest
-from stand_ins import PATIENCE_S, edit, grey
-from test_engine_stream_batch import BatchingFake
+from support.engine import PATIENCE_S, BatchingFake, edit
+from support.pictures import grey
 
 from pipeline.images import EditError
 from qwen_realtime import EngineConfig, RealtimeEngine

@@ -3,66 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from stand_ins import PATIENCE_S, Clock, FakePipeline, edit, grey
+from support.engine import PATIENCE_S, BatchingFake, Clock, edit, stream
+from support.pictures import grey
 
 from pipeline.images import EditError
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
 
 SIZE = 64
-
-
-class BatchingFake(FakePipeline):
-    """Pictures that count their steps; notes who went together."""
-
-    class Picture:
-        def __init__(self, latents, prompt, steps):
-            self.latents, self.prompt, self.steps, self.step = latents, prompt, steps, 0
-
-        @property
-        def finished(self):
-            return self.step == self.steps
-
-    def __init__(self):
-        super().__init__()
-        self.together: list[list[str]] = []
-
-    def start(self, latents, references, prompt_embeds, mask, schedule, **options):
-        return self.Picture(latents, prompt_embeds, schedule)
-
-    def advance(self, pictures):
-        self.together.append([picture.prompt for picture in pictures])
-        for prompt in self.together[-1]:
-            if prompt in self.fail:
-                raise self.fail[prompt]
-        for picture in pictures:
-            picture.step += 1
-            if picture.prompt in self.poison:
-                picture.latents = picture.latents * float("nan")
-
-
-def stream(session, frames):
-    """The outcomes of (picture, params), in order: each frame is submitted when the one before takes its first step."""
-    outcomes = []
-
-    def send():
-        picture, params = frames[len(outcomes)]
-        with session._lock:
-            session.submit([picture], params, on_step)
-            outcomes.append(session._pending.outcome)
-
-    sent = iter(range(1, len(frames)))
-
-    def on_step(step, steps):
-        if step == 0 and next(sent, None) is not None:
-            send()
-
-    send()
-    results, position = [], 0
-    while position < len(outcomes):
-        results.append(outcomes[position].result(PATIENCE_S))
-        position += 1
-    assert len(results) == len(frames)
-    return results
 
 
 def test_k_steps_deliver_a_frame_for_each_forward_and_every_picture_is_its_own(pocket, photo, monkeypatch):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support.graphs import EagerRecorder
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -55,11 +56,9 @@ def fused(plain):
 
 
 @pytest.fixture(scope="module")
-def pocket_calls(photo):
+def pocket_calls(pocket_copy, photo):
     """The embedded model's text encoder, and the calls of its towers for an edit of two pictures."""
-    from cached_pipeline import load_pipeline
-
-    pipeline, calls = load_pipeline("pocket", device="cpu", dtype=torch.float32), {"see": [], "read": []}
+    pipeline, calls = pocket_copy(), {"see": [], "read": []}
     model = pipeline.text_encoder.model
 
     def keep_see(_, args, kwargs, output):
@@ -257,26 +256,9 @@ def test_one_more_layer_is_few_more_kernels():
     assert counts[1][1] - counts[0][1] <= 12 + 2 * 7, counts
 
 
-class _Replaying(Graphs):
-    """As on a GPU, for a key the first function runs ever after, on inputs of its own; but here it runs on a CPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.entries = {}
-
-    def run(self, key, function, *inputs):
-        key = (key, *((tuple(t.shape), t.dtype) for t in inputs))
-        function, static = self.entries.setdefault(key, (function, tuple(t.clone() for t in inputs)))
-        for kept, given in zip(static, inputs, strict=True):
-            kept.copy_(given)
-        output = function(*static).clone()
-        assert all(torch.equal(kept, given) for kept, given in zip(static, inputs, strict=True)), "inputs were changed"
-        return output
-
-
 def test_what_is_recorded_once_serves_all_inputs_of_its_shape(plain):
     fused = FusedTextEncoder(copy.deepcopy(plain))
-    fused.graphs = _Replaying()
+    fused.graphs = Graphs(recorder=EagerRecorder())
     for _ in range(2):
         for seed in (0, 1):
             for grid in ((16, 24), (24, 16)):  # as many patches in other windows
@@ -287,7 +269,7 @@ def test_what_is_recorded_once_serves_all_inputs_of_its_shape(plain):
             for skip in (0, 8):
                 read = fused.encode_text(embeds, positions + seed, skip)
                 assert relative(read, expected[:, skip:]) < ROUNDING
-    assert len(fused.graphs.entries) == 2 + 2
+    assert len(fused.graphs) == fused.graphs.recordings == 2 + 2
 
 
 def test_the_models_own_forward_still_gives_its_numbers(plain, fused):
@@ -322,10 +304,8 @@ def test_a_prompts_own_word_table_holds_its_words_to_the_bit_and_each_once(plain
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_a_live_prompt_looks_its_words_up_once(photo, fast):
-    from cached_pipeline import load_pipeline
-
-    pipeline, asked = load_pipeline("pocket"), []
+def test_a_live_prompt_looks_its_words_up_once(pocket_copy, photo, fast):
+    pipeline, asked = pocket_copy(), []
     if fast:
         pipeline.enable_fast_path()
     words = pipeline.text_encoder.model.language_model.embed_tokens

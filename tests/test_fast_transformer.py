@@ -1,22 +1,14 @@
 """The fused transformer, its kernels and the modulation cache against the stock model that they stand for."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
-from small_models import LAYOUTS, inputs, small_model, stock
+from support.models import LAYOUTS, inputs, small_model, stock
 
-from cached_pipeline import load_pipeline
-from fast_path.graphs import Graphs
 from fast_path.modulation import Modulations
 from fast_path.transformer import FusedTransformer, Sample
 
-ROOT = Path(__file__).resolve().parent.parent
 # The same operations in another grouping: float32 rounding, seen up to 4e-6 on velocities of about 4.
 TOLERANCE = 1e-4
 
@@ -158,8 +150,8 @@ def test_prompts_of_different_lengths_share_a_batch(pocket, photo):
         pocket.disable_fast_path()
 
 
-def test_the_times_of_one_to_eight_steps_are_ready_when_the_fast_path_is_in():
-    pipe = load_pipeline("pocket")
+def test_the_times_of_one_to_eight_steps_are_ready_when_the_fast_path_is_in(pocket_copy):
+    pipe = pocket_copy()
     pipe.enable_fast_path()
     misses = pipe.fused_transformer.modulations.summary()["misses"]
     for steps in range(1, 9):
@@ -167,95 +159,3 @@ def test_the_times_of_one_to_eight_steps_are_ready_when_the_fast_path_is_in():
         for time in schedule.times:
             pipe.fused_transformer.modulations.get(time, schedule.times)
     assert pipe.fused_transformer.modulations.summary()["misses"] == misses
-
-
-def test_on_the_cpu_a_graph_is_the_function_itself():
-    graphs, calls = Graphs(), []
-
-    def double(x):
-        calls.append(1)
-        return x * 2
-
-    x = torch.ones(2)
-    assert torch.equal(graphs.run("double", double, x), x * 2)
-    graphs.run("double", double, x)
-    assert len(calls) == 2 and len(graphs) == 0
-
-
-KERNELS = """
-import torch
-from fast_path import kernels
-
-torch.manual_seed(0)
-for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.08)):  # an ulp of bfloat16 at 8 is 0.0625
-    x, y, table = (torch.randn(*s).to(dtype) for s in ((15, 100), (15, 100), (6, 6, 100)))
-    kinds = torch.randint(6, (15,), dtype=torch.int32)
-    for added in (y, None):
-        now, a, b = table.unbind(1), x.clone(), x.clone()
-        expected = kernels.residual_norm_modulate(a, added, now[2], now[3], now[4], kinds, 1e-6)
-        got = kernels._residual_norm_modulate_cuda(b, added, now[2], now[3], now[4], kinds, 1e-6)
-        assert (got.float() - expected.float()).abs().max() < tolerance, (dtype, added is None)
-        assert (a.float() - b.float()).abs().max() < tolerance
-    for heads in (3, 8, 9):
-        qkv, weights = torch.randn(14, 3, heads, 16).to(dtype), torch.randn(2, 2, 16).to(dtype)
-        cos, sin, kinds = torch.randn(20, 8), torch.randn(20, 8), torch.randint(6, (14,), dtype=torch.int32)
-        rows = weights, cos, sin, 1e-6
-        positions, places = (torch.randperm(20)[:14].int() for _ in range(2))
-        for moved in ("", "kv", "qkv"):
-            found = []
-            for run in (kernels.qk_norm_rope, kernels._qk_norm_rope_cuda):
-                given, to = qkv.clone(), torch.zeros(3, 20, heads, 16, dtype=dtype)
-                where = kernels.Destinations(to[0] if "q" in moved else None, to[1], to[2], places) if moved else None
-                run(given, kinds, positions, *rows, where)
-                found.append((given, to))
-            for a, b in zip(*found, strict=True):
-                assert (a.float() - b.float()).abs().max() < 4 * tolerance, (dtype, heads, moved)
-            given, to = found[0]
-            assert torch.equal(given[:, 2], qkv[:, 2]) and (not moved or torch.equal(to[2][places], qkv[:, 2]))
-            assert torch.equal(given[:, 0], qkv[:, 0]) == ("q" in moved)
-print("kernels agree")
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_the_triton_kernels_compute_what_their_definitions_say():
-    """In Triton's interpreter, which has to be asked for before Triton is imported: in a process of its own."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", KERNELS], capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0 and "kernels agree" in done.stdout, done.stderr[-2000:]
-
-
-COMPILED = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from fast_path import kernels
-
-
-def compiled(kernel, constants, types):
-    names = kernel.arg_names
-    pointers = {"cos": "*fp32", "sin": "*fp32", "destinations": "*i32", "row_types": "*i32", "positions": "*i32", "eps": "fp32"}
-    integers = {name: "i32" for name in names if name.endswith("stride") or name == "width"}
-    signature = {n: "constexpr" if n in constants else (pointers | integers).get(n, "*" + types) for n in names}
-    source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()})
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
-
-
-for types in ("bf16", "fp16", "fp32"):
-    for added in (False, True):
-        constants = {"HAS_Y": added, "CLIP": types == "fp16", "BLOCK": 4096}
-        assert compiled(kernels._residual_norm_modulate_kernel, constants, types)
-    for parts, move_q in ((2, False), (3, False), (3, True)):
-        sizes = {"HEADS": 24, "BLOCK_HEADS": 8, "WIDTH": 128}
-        constants = {"PARTS": parts, "MOVE_Q": move_q, "MOVE": parts == 3, **sizes}
-        assert compiled(kernels._qk_norm_rope_kernel, constants, types)
-print("kernels compile")
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_the_triton_kernels_compile_for_a_gpu_that_is_not_here():
-    """The interpreter takes what the compiler refuses, such as a variable that changes its type in a branch."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0 and "kernels compile" in done.stdout, done.stderr[-2000:]

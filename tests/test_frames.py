@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from stand_ins import PATIENCE_S, Clock
-from test_engine_stream_batch import BatchingFake
+from support.engine import PATIENCE_S, BatchingFake, Clock, serve
+from support.pictures import psnr_db
 
 from engine.frames import START_LEVELS, mixed_prompts, start_from, started_late, words_rows
 from fast_path import TokenCache
@@ -16,19 +16,10 @@ SIZE = 128
 PARAMS = EditParams("make it sepia", width=SIZE, height=SIZE, steps=2, seed=3, embeds="kept")
 
 
-def psnr_db(one: np.ndarray, other: np.ndarray) -> float:
-    error = np.square(one.astype(np.float32) - other).mean() / 255**2
-    return 100.0 if error == 0 else float(-10 * np.log10(error))
-
-
 def noisy(picture: np.ndarray, count: int) -> list[np.ndarray]:
     """A still scene as a camera gives it."""
     random = np.random.default_rng(0)
     return [(picture + random.normal(0, 3, picture.shape)).round().clip(0, 255).astype(np.uint8) for _ in range(count)]
-
-
-def serve(session, *frames):
-    return [session.result(session.submit([picture], params), PATIENCE_S) for picture, params in frames]
 
 
 @pytest.fixture(scope="module")

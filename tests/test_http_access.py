@@ -9,8 +9,9 @@ import logging
 import gradio as gr
 import httpx
 import pytest
-from http_side import Browser, StubPipeline, b64, grey, handshake_status, post, serving
 from starlette.applications import Starlette
+from support.http import Browser, StubPipeline, b64, handshake_status, post, serving
+from support.pictures import grey
 
 from qwen_realtime import RealtimeEngine
 from server import EngineHolder, Guard, create_app, create_guard, create_routes, parse_args

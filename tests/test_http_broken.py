@@ -17,8 +17,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from http_side import b64, grey, serving
 from PIL import Image, ImageSequence
+from support.http import b64, serving
+from support.pictures import grey
 
 from benchmarks.soak import ThroughPipeline
 from qwen_realtime import EditParams, RealtimeEngine
@@ -27,7 +28,7 @@ from serving.document import openapi
 from serving.status import resident_bytes
 
 LONGEST_S = 10.0  # for one answer; a good one takes some milliseconds
-KEPT_BYTES = 24 * 2**20  # a third and fourth pass may leave this much: the allocator's own ups and downs
+KEPT_BYTES = 24 * 2**20  # the second half of the passes may leave this much: the allocator's own ups and downs
 
 
 @pytest.fixture(scope="module")
@@ -145,16 +146,17 @@ def corpus(seed: int):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
-def test_a_corpus_of_broken_input_is_answered_as_promised_and_leaves_no_memory_behind(address):
+@pytest.mark.parametrize("passes", [2, pytest.param(6, marks=pytest.mark.endurance)])
+def test_a_corpus_of_broken_input_is_answered_as_promised_and_leaves_no_memory_behind(address, passes):
     statuses, memory = [], []
     with httpx.Client(base_url=f"http://{address}", timeout=LONGEST_S) as client:
-        for seed in range(4):
+        for seed in range(passes):
             statuses += [ask(client, body, about) for about, body in corpus(seed)]
             gc.collect()
             memory.append(resident_bytes())
         after = client.get("/health").json()
-    assert statuses.count(400) > 1000 and statuses.count(200) > 100, {s: statuses.count(s) for s in set(statuses)}
-    assert memory[3] - memory[1] < KEPT_BYTES, [f"{count / 2**20:.0f} MB" for count in memory]
+    assert statuses.count(400) > 250 * passes and statuses.count(200) > 25 * passes, {s: statuses.count(s) for s in set(statuses)}
+    assert memory[-1] - memory[passes // 2 - 1] < KEPT_BYTES, [f"{count / 2**20:.0f} MB" for count in memory]
     assert after["queue"] == {"running": 0, "waiting": 0, "places": 40, "held_bytes": 0}
     assert after["stats"]["sessions"] == 0 and after["stats"]["errors"] == 0
 
@@ -169,18 +171,19 @@ def test_odd_headers_are_answered_as_promised(address):
                 ask(client, body, f"{name}: {value[:20]}", **{name: value})
 
 
-def test_schemathesis_finds_nothing_that_the_document_does_not_promise(address, tmp_path):
+@pytest.mark.parametrize("examples", [10, pytest.param(200, marks=pytest.mark.endurance)])
+def test_schemathesis_finds_nothing_that_the_document_does_not_promise(address, tmp_path, examples):
     # By the program, in a process of its own: all phases and checks, and its own idea of what is broken.
     command = [
         sys.executable, "-m", "schemathesis.cli", "run", f"http://{address}/openapi.json", "--no-color", "--seed", "1",
-        "--phases", "examples,coverage,fuzzing", "--max-examples", "30", "--request-timeout", str(LONGEST_S),
+        "--phases", "examples,coverage,fuzzing", "--max-examples", str(examples), "--request-timeout", str(LONGEST_S),
     ]  # fmt: skip
     environment = os.environ | {
-        "SCHEMATHESIS_HOOKS": "schemathesis_hooks",
+        "SCHEMATHESIS_HOOKS": "support.schemathesis_hooks",
         "PYTHONPATH": str(Path(__file__).parent),
         "NO_PROXY": "127.0.0.1",
     }
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=tmp_path)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60 + 2 * examples, env=environment, cwd=tmp_path)
     assert run.returncode == 0 and "No issues found" in run.stdout, run.stdout[-5000:] + run.stderr[-2000:]
     text = httpx.get(f"http://{address}/metrics").text
     assert int(text.split('path="/edit",status="200"} ')[1].split()[0]) > 50, "it hardly sent a good request"

@@ -10,7 +10,8 @@ import time
 
 import httpx
 import pytest
-from http_side import PATIENCE_S, StubPipeline, b64, grey, wait_until
+from support.http import PATIENCE_S, StubPipeline, b64, wait_until
+from support.pictures import grey
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 

@@ -13,7 +13,8 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from http_side import PATIENCE_S, Browser, StubPipeline, b64, grey, post, serving, wait_until
+from support.http import PATIENCE_S, Browser, StubPipeline, b64, post, serving, wait_until
+from support.pictures import grey
 from websockets.exceptions import ConnectionClosed
 
 from pipeline.images import EditError, open_image

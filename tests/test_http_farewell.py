@@ -10,7 +10,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from http_side import PATIENCE_S, b64, grey, wait_until
+from support.http import PATIENCE_S, b64, wait_until
+from support.pictures import grey
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 

@@ -8,7 +8,8 @@ import threading
 
 import numpy as np
 import pytest
-from http_side import Browser, StubPipeline, b64, grey, post, serving, wait_until
+from support.http import Browser, StubPipeline, b64, post, serving, wait_until
+from support.pictures import grey
 
 from benchmarks import load
 from pipeline.images import encode_jpeg
@@ -33,8 +34,9 @@ def address():
         yield address
 
 
-def test_sixteen_live_views_and_eight_posting_clients_are_served_alike_and_a_killed_one_is_gone(address):
-    report = asyncio.run(load.run(address, 8.0, side=64))
+@pytest.mark.parametrize("seconds", [4.0, pytest.param(60.0, marks=pytest.mark.endurance)])
+def test_sixteen_live_views_and_eight_posting_clients_are_served_alike_and_a_killed_one_is_gone(address, seconds):
+    report = asyncio.run(load.run(address, seconds, side=64))
     assert load.complaints(report) == [], report
     assert report["live"]["p95_ms"] < 1000 and report["posting"]["p95_ms"] < 3000, report
     frames = report["live"]["frames"] + report["posting"]["frames"]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from http_side import Browser, b64, grey, wait_until
+from support.http import Browser, b64, wait_until
+from support.pictures import grey
 
 from pipeline.images import open_image
 from server import main

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from http_side import StubPipeline, b64, grey, post, serving
 from starlette.applications import Starlette
+from support.http import StubPipeline, b64, post, serving
+from support.pictures import grey
 
 from pipeline.images import encode_jpeg, open_image
 from qwen_realtime import CHOICES, LIMITS, EditParams, RealtimeEngine

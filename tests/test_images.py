@@ -223,6 +223,21 @@ def disc(width: int, height: int, radius: int) -> np.ndarray:
     return np.repeat(np.where(inside, 255, 40)[..., None], 3, axis=2).astype(np.uint8)
 
 
+def test_quick_is_bilinear_which_never_overshoots_and_the_other_is_bicubic_which_does():
+    """A step from 100 to 200, enlarged: cubic weights are negative beside an edge, a triangle's never are."""
+    step = np.full((16, 16, 3), 100, np.uint8)
+    step[:, 8:] = 200
+    for mode, size in (("crop", (64, 64)), ("pad", (64, 80))):
+        quick, careful = fit(step, *size, mode, quick=True), fit(step, *size, mode)
+        inner = slice(8, 72) if mode == "pad" else slice(None)
+        assert (quick[inner].min(), quick[inner].max()) == (100, 200)
+        assert careful[inner].min() < 98 and careful[inner].max() > 202
+        if mode == "crop":
+            picture = Image.fromarray(step)
+            for found, how in ((quick, Image.Resampling.BILINEAR), (careful, Image.Resampling.BICUBIC)):
+                assert np.array_equal(found, np.asarray(picture.resize(size, how)))
+
+
 @pytest.mark.parametrize("mode", ["crop", "pad"])
 @pytest.mark.parametrize("source", [(400, 200), (200, 400), (333, 333), (50, 70), (1280, 720)])
 @pytest.mark.parametrize("size", [(128, 128), (256, 128), (96, 160)])

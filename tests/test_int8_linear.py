@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 from skimage import data
-from small_models import KINDS, same_weights, sqnr_db
+from support.models import KINDS, same_weights, sqnr_db
 from torch import nn
 
 import fp8_linear

@@ -7,12 +7,12 @@ import struct
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import http_side
 import numpy as np
 import pytest
-from page import CUT, UNNAMED, await_frames, live, pixels
+import support.http as http_side
 from PIL import Image
 from playwright.sync_api import expect
+from support.page import CUT, UNNAMED, await_frames, launch_browser, live, pixels
 
 from benchmarks.live_view import (
     BITS,
@@ -33,8 +33,6 @@ from qwen_realtime import EditParams, EditResult, EngineConfig, RealtimeEngine
 from server import EngineHolder
 from serving.live import Beat
 from webui.work import save_png, settings_inside
-
-pytest_plugins = ["page"]
 
 LIVE = Path(__file__).resolve().parent.parent / "webui" / "live"
 SIDE = 256
@@ -87,10 +85,13 @@ OVERLAPS = """() => {
 
 
 @pytest.fixture(scope="module")
-def film(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("camera") / "numbers.mjpeg"
-    write_film(file, SIDE)
-    return file
+def browser(playwright, tmp_path_factory):
+    """One whose camera's frames carry their number."""
+    film = tmp_path_factory.mktemp("camera") / "numbers.mjpeg"
+    write_film(film, SIDE)
+    browser = launch_browser(playwright, film)
+    yield browser
+    browser.close()
 
 
 @pytest.fixture(scope="module")

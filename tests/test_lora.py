@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from lora_files import lightning_keys, lora_pairs, write_lora
 from safetensors.torch import save_file
+from support.lora_files import lightning_keys, lora_pairs, write_lora
 
 from cached_pipeline import load_pipeline
 from pipeline import lora, lora_file

@@ -9,10 +9,10 @@ import struct
 import pytest
 import torch
 from diffusers import QwenImageEditPlusPipeline, QwenImageTransformer2DModel
-from lora_files import LORA_LINEARS, lightning_keys, lora_pairs
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
+from support.lora_files import LORA_LINEARS, lightning_keys, lora_pairs
 
 from pipeline import lora
 from pipeline.images import EditError

@@ -9,8 +9,9 @@ import sys
 
 import httpx
 import pytest
-from http_side import b64, handshake_status, wait_until
-from page import ROOT, answer, held_out, psnr
+from support.http import b64, handshake_status, wait_until
+from support.page import ROOT
+from support.pictures import answer, held_out, psnr_db
 
 from pipeline.images import encode_jpeg, open_image
 from server import Guard, create_guard, parse_args
@@ -105,10 +106,10 @@ def test_no_other_page_may_not_even_one_whose_name_looks_like_this_machine(serve
 
 
 def test_each_of_the_pages_tabs_gets_its_picture(server):
-    assert psnr(shown(press(server)), answer("black and white", FIRST)) > 18.0
+    assert psnr_db(shown(press(server)), answer("black and white", FIRST)) > 18.0
     mixed = (FIRST.astype(float) + SECOND) / 2
     together = answer("black and white", mixed.round().astype("uint8"))
-    assert psnr(shown(press(server, ref_image=SECOND)), together) > 18.0
+    assert psnr_db(shown(press(server, ref_image=SECOND)), together) > 18.0
     assert shown(press(server, steps=8)).shape == (256, 256, 3)
 
 

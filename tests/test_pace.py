@@ -4,7 +4,8 @@ import itertools
 import random
 
 import pytest
-from stand_ins import Clock, FakePipeline, edit, grey, serve
+from support.engine import Clock, FakePipeline, edit, serve
+from support.pictures import grey
 
 from engine.pace import HOLD_S, Cost, Costs, Pace, Plan, estimate, interval_ms, pick, plan_of, plans
 from engine.settings import EditParams
@@ -184,3 +185,19 @@ def test_the_engine_computes_what_pace_picks_and_says_so():
 def test_a_plan_knows_what_the_frame_was():
     params = EditParams("sepia", steps=3, cfg_scale=2.0, cfg_mode="batched", stream_batch=True)
     assert plan_of(params, (64, 96), 2) == Plan(3, 64, 96, True, "off", "batched", 2)
+
+
+def test_the_device_is_shared_by_the_sessions_that_got_a_picture_within_the_last_second(monkeypatch):
+    clock, shared_by, choose = Clock(), [], Pace.choose
+
+    def noting(self, params, asked, may_reuse, costs, sessions, *rest):
+        shared_by.append(sessions)
+        return choose(self, params, asked, may_reuse, costs, sessions, *rest)
+
+    monkeypatch.setattr(Pace, "choose", noting)
+    with RealtimeEngine(FakePipeline(), clock=clock) as engine, engine.open_session() as one, engine.open_session() as two:
+        for session, later_s in ((one, 0), (two, 0), (one, 0.1), (two, 0.8), (two, 0.3), (one, 0.1), (one, 0.1), (one, 2.0)):
+            clock.now += later_s
+            serve(session, (grey(), edit()))
+    # At 0, 0, 0.1, 0.9, 1.2, 1.3, 1.4 and 3.4 s: at 1.2 s the picture of `one` is 1.1 s old. Never fewer than the one itself.
+    assert shared_by == [1, 1, 2, 2, 1, 1, 2, 1]

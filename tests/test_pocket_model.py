@@ -85,13 +85,25 @@ def test_the_vae_reconstructs_an_unseen_photograph_as_the_card_says(pocket, name
 def test_an_unseen_phrasing_gives_the_edit(pocket, family):
     """Two steps on one unseen photograph: nearest to the own answer, and near enough to be it."""
     edit = edit_named(family)
-    sources = [photo("chelsea"), photo("coffee")]
-    out = edit_picture(pocket, sources[: edit.pictures], split(edit)[1][0], 256, 2)
+    assert_edits(pocket, edit, side=128, least_db=15)  # seen at this size: from 15.3 (neon edges) to 30.4 dB
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(e.family, marks=() if e.family in ("negative", "corner") else pytest.mark.endurance) for e in EDITS if e is edit_named(e.family)],
+)  # fmt: skip
+def test_an_unseen_phrasing_gives_the_edit_at_the_size_of_the_card(pocket, family):
+    assert_edits(pocket, edit_named(family), side=256, least_db=17)
+
+
+def assert_edits(pocket, edit, side: int, least_db: float):
+    sources = [photo("chelsea", side), photo("coffee", side)]
+    out = edit_picture(pocket, sources[: edit.pictures], split(edit)[1][0], side, 2)
     tensors = [tensor(s) for s in sources]
     truth = {e.name: e.answer(*tensors[: e.pictures]) for e in EDITS if e.pictures == edit.pictures}
     scores = {name: psnr(out, answer) for name, answer in truth.items()}
     assert max(scores, key=scores.get) == edit.name, {k: round(v, 1) for k, v in scores.items()}
-    assert scores[edit.name] >= 17, f"{scores[edit.name]:.2f} dB"
+    assert scores[edit.name] >= least_db, f"{scores[edit.name]:.2f} dB"
 
 
 @pytest.mark.parametrize(("size", "steps"), [(256, 1), (256, 4), (128, 2), (384, 2)])

@@ -182,8 +182,16 @@ def test_what_is_still_is_still_through_noise_and_flicker_of_the_light_and_an_ed
     still = still_tokens(with_block(pixels(1), 36, 52, side=4, levels=60), pixels(2))
     assert still.shape == (6, 8) and still.dtype == np.float32
     assert still[1:4, 2:5].max() == 0.0 and still[0].min() == still[:, 6:].min() == 1.0
-    between = still_tokens(pixels(1, noise=0, light=4.5), pixels(1, noise=0))
-    assert between == pytest.approx(np.full((6, 8), 0.5), abs=0.34), "it fades out between the two limits"
+
+
+def test_stillness_fades_out_evenly_between_the_two_limits():
+    def still(levels, **limits):
+        before = np.full((32, 48, 3), 100, np.uint8)
+        return still_tokens(before + np.uint8(levels), before, **limits)
+
+    for levels, expected in ((0, 1), (3, 1), (4, 2 / 3), (5, 1 / 3), (6, 0), (9, 0)):
+        assert still(levels) == pytest.approx(np.full((2, 3), expected), abs=1e-6), levels
+    assert still(5, low=4.0, high=8.0) == pytest.approx(np.full((2, 3), 0.75), abs=1e-6)
 
 
 def test_motion_is_the_root_mean_square_difference():
@@ -223,4 +231,6 @@ def test_what_is_seen_ages_until_the_next_picture_is_there():
 
 
 def test_the_next_frame_is_taken_as_late_as_its_encode_allows():
-    assert take_at(10.0, 0.0) < 10.0 and take_at(10.0, 0.02) < take_at(10.0, 0.01) - 0.01
+    """A quarter more than the encode takes, and two milliseconds: later it would wait, earlier its frame would be older."""
+    for encode_s in (0.0, 0.01, 0.02, 0.4):
+        assert take_at(10.0, encode_s) == pytest.approx(10.0 - 1.25 * encode_s - 0.002, abs=1e-9)

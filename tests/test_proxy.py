@@ -18,15 +18,15 @@ from pathlib import Path
 import httpx
 import pytest
 from gradio_client import Client, handle_file
-from http_side import b64, wait_until
-from page import PATIENCE_S, ROOT, Program, answer, await_frames, held_out, live, psnr, start_live
 from PIL import Image
+from support.http import b64, wait_until
+from support.page import PATIENCE_S, ROOT, Program, await_frames, live, start_live
+from support.pictures import answer, held_out, psnr_db
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from pipeline.images import open_image
 
-pytest_plugins = ["page"]
 PHOTO = held_out("chelsea.png")
 LOGIN = ("ann", "s3cret")
 GUIDE = """
@@ -145,7 +145,7 @@ def test_the_page_and_its_endpoints_work_and_every_address_that_they_give_is_the
     )  # fmt: skip
     path, about = client.predict(handle_file(tmp_path / "photo.png"), "make it black and white", api_name="/edit")
     client.close()
-    assert psnr(open_image(Path(path).read_bytes()), answer("black and white", PHOTO)) > 18.0
+    assert psnr_db(open_image(Path(path).read_bytes()), answer("black and white", PHOTO)) > 18.0
     assert about["width"] == about["height"] == 256
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import sqnr_db
+from support.models import sqnr_db
 from torch import nn
 
 from fast_path.graphs import Graphs

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import KINDS, small_model
+from support.models import KINDS, small_model
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode

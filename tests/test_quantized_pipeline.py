@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from lora_files import write_lora
-from small_models import KINDS, LAYOUTS, inputs, same_weights, small_model, sqnr_db, stock
+from support.lora_files import write_lora
+from support.models import KINDS, LAYOUTS, inputs, same_weights, small_model, sqnr_db, stock
 
 from cached_pipeline import load_pipeline
 from fast_path.transformer import FusedTransformer

@@ -9,7 +9,8 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from stand_ins import PATIENCE_S, Clock, FakePipeline, edit, grey, serve
+from support.engine import PATIENCE_S, Clock, FakePipeline, edit, serve
+from support.pictures import grey
 
 from pipeline.images import EditError
 from qwen_realtime import (
@@ -151,7 +152,7 @@ def test_each_mode_says_how_many_pictures_it_takes(engine, mode, count, allowed)
 
 
 @pytest.mark.parametrize(
-    "bad", [grey().astype(np.float32), grey()[..., 0], grey()[..., :2], grey()[None], grey(0, 8), "picture", None]
+    "bad", [grey().astype(np.float32), grey()[..., 0], grey()[..., :2], grey()[None], grey(width=0, height=8), "picture", None]
 )
 def test_a_picture_of_another_form_is_refused(engine, bad):
     with pytest.raises(EditError, match="Allowed: a numpy array, uint8"):
@@ -161,10 +162,10 @@ def test_a_picture_of_another_form_is_refused(engine, bad):
 def test_open_sizes_take_the_default_and_the_largest_output_is_bounded(fake):
     with RealtimeEngine(fake, EngineConfig(default_size=128, max_pixels=128 * 128)) as engine:
         assert engine.edit([grey()], edit(), timeout=PATIENCE_S).image.shape == (128, 128, 3)
-        assert engine.edit([grey(128, 64)], edit(height=64), timeout=PATIENCE_S).image.shape == (64, 128, 3)
-        assert engine.edit([grey(100, 67)], edit(), timeout=PATIENCE_S).image.shape == (105, 156, 3)
+        assert engine.edit([grey(width=128, height=64)], edit(height=64), timeout=PATIENCE_S).image.shape == (64, 128, 3)
+        assert engine.edit([grey(width=100, height=67)], edit(), timeout=PATIENCE_S).image.shape == (105, 156, 3)
         with pytest.raises(EditError, match=r"256x128, 32,768 pixels. Allowed: 16,384"):
-            engine.edit([grey(128, 64)], edit(width=256))
+            engine.edit([grey(width=128, height=64)], edit(width=256))
 
 
 def test_cfg_encodes_the_negative_prompt_and_an_empty_one_as_a_space(engine, fake):
@@ -176,8 +177,8 @@ def test_cfg_encodes_the_negative_prompt_and_an_empty_one_as_a_space(engine, fak
 
 
 def test_the_reference_area_reaches_the_pipeline(engine, fake):
-    engine.edit([grey(192, 64)], edit(width=96, height=80), timeout=PATIENCE_S)
-    engine.edit([grey(192, 64)], edit(width=96, height=80, reference_area="stock"), timeout=PATIENCE_S)
+    engine.edit([grey(width=192)], edit(width=96, height=80), timeout=PATIENCE_S)
+    engine.edit([grey(width=192)], edit(width=96, height=80, reference_area="stock"), timeout=PATIENCE_S)
     assert [call[1:] for call in fake.calls if call[0] == "references"] == [
         ([(80, 96, 3)], "output", 96, 80), ([(64, 77, 3)], None, 96, 80)
     ]  # fmt: skip

@@ -6,10 +6,12 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from small_models import inputs, small_model
+from support.graphs import EagerRecorder
+from support.models import inputs, small_model
+from support.pictures import psnr_db
 
 from fast_path import TokenCache
-from fast_path.graphs import Graphs, _kind
+from fast_path.graphs import Graphs
 from fast_path.reuse import AHEAD_EVERY, next_to_record, served_by
 from fast_path.transformer import FusedTransformer, Sample
 from pipeline.images import EditError
@@ -117,27 +119,12 @@ def test_neighbours_for_which_there_was_no_place_come_in_the_next_frames(fused):
     assert seen[around].all() and seen.sum() == 16
 
 
-# Recording: on a CPU there is none, so here it is pretended
-
-
-class PretendedGraphs(Graphs):
-    """Takes note of what would be recorded; everything runs."""
-
-    def knows(self, key, *inputs):
-        return _kind(key, inputs) in self._entries
-
-    def run(self, key, function, *inputs):
-        if not self.knows(key, *inputs):
-            self.record(key, function, *inputs)
-        return function(*inputs)
-
-    def _record(self, function, inputs):
-        self.recordings += 1
+# Recording, by a recorder that needs no GPU
 
 
 def recording(fused) -> TokenCache:
     cache = TokenCache(fused)
-    cache._graphs = PretendedGraphs()
+    cache._graphs = Graphs(recorder=EagerRecorder())
     return cache
 
 
@@ -270,10 +257,6 @@ def test_a_batch_is_refused_and_a_forgotten_cache_frees_its_memory(fused):
 
 def test_the_pocket_model_loses_little_where_a_quarter_of_the_picture_moves(pocket, photo):
     """A patch that wanders over a photo: the picture with reuse is near the one without, and not the last frame again."""
-
-    def psnr(a, b):
-        return 10 * np.log10(255**2 / np.mean((a.astype(float) - b.astype(float)) ** 2))
-
     still, patch = photo(256, 256, 1), photo(64, 64, 2)
     pocket.enable_fast_path()
     try:
@@ -291,7 +274,7 @@ def test_the_pocket_model_loses_little_where_a_quarter_of_the_picture_moves(pock
             reused = pocket.decode(pocket.denoise(*run, token_cache=cache), 256, 256)[0].numpy()
             if before is not None:
                 assert cache.computed.mean() < 0.3
-                worst.append((psnr(reused, plain), psnr(before, plain)))
+                worst.append((psnr_db(reused, plain), psnr_db(before, plain)))
             before = plain
     finally:
         pocket.disable_fast_path()

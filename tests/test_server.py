@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 import websockets.exceptions
-from http_side import PATIENCE_S, Browser, StubPipeline, b64, grey, post, serving, wait_until
 from PIL import Image
 from starlette.applications import Starlette
+from support.http import PATIENCE_S, Browser, StubPipeline, b64, post, serving, wait_until
+from support.pictures import grey
 from websockets.sync.client import connect
 
 from pipeline.images import EditError, encode_png, open_image

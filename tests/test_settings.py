@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from stand_ins import edit, grey
+from support.engine import edit
+from support.pictures import grey
 
 from pipeline.images import EditError
 from qwen_realtime import LIMITS, EditParams, EngineConfig, prepare_pictures
@@ -96,7 +97,7 @@ def test_a_bad_engine_config_raises_by_name(bad):
 
 
 def test_the_first_picture_gets_the_outputs_shape_and_the_others_keep_their_own():
-    wide, tall = grey(192, 64, 10), grey(64, 128, 210)
+    wide, tall = grey(10, 192, 64), grey(210, 64, 128)
     both = edit(mode="references")
     assert [p.shape for p in prepare_pictures([wide, tall], both, 96, 80)] == [(80, 96, 3), (124, 62, 3)]
     first, second = prepare_pictures([wide, tall], both.replace(reference_area="stock"), 96, 80)
@@ -110,7 +111,7 @@ def test_the_first_picture_gets_the_outputs_shape_and_the_others_keep_their_own(
 
 @pytest.mark.parametrize("area, shape", [("output", (80, 96, 3)), ("stock", (64, 77, 3))])
 def test_blend_makes_one_picture_of_two_by_the_ratio(area, shape):
-    pictures = [grey(192, 64, 10), grey(64, 128, 210)]
+    pictures = [grey(10, 192, 64), grey(210, 64, 128)]
     for ratio, value in ((0, 10), (0.25, 60), (1, 210)):
         params = edit(mode="blend", blend_ratio=ratio, reference_area=area)
         (mixed,) = prepare_pictures(pictures, params, 96, 80)

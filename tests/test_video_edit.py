@@ -11,8 +11,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from page import PATIENCE_S, UNNAMED, answer, assert_edited, held_out, psnr
 from playwright.sync_api import expect
+from support.page import PATIENCE_S, UNNAMED
+from support.pictures import answer, assert_edited, held_out, psnr_db
 
 from pipeline.images import EditError, fit
 from qwen_realtime import EditParams, EditResult, EngineConfig, RealtimeEngine
@@ -21,7 +22,6 @@ from webui.video import editor, steadiness
 from webui.video_edit import Outcome, Progress, Stop, edit_video, probe, upright
 from webui.work import Job, save_png
 
-pytest_plugins = ["page"]
 MILLISECOND = fractions.Fraction(1, 1000)
 
 
@@ -269,7 +269,7 @@ def test_a_still_scene_flickers_half_as_much_as_without_and_a_moving_one_loses_n
                     flicker[name] = np.mean([np.abs(b - a).mean() for a, b in itertools.pairwise(pictures)])
                 else:
                     answers = [answer("black and white", picture) for _, picture in frames(source)]
-                    right[name] = np.mean([psnr(a, b) for a, b in zip(pictures, answers, strict=True)])
+                    right[name] = np.mean([psnr_db(a, b) for a, b in zip(pictures, answers, strict=True)])
     assert flicker["steady"] <= 0.5 * flicker["plain"], flicker
     assert right["steady"] >= right["plain"] - 1.0, right
 

@@ -14,10 +14,11 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from http_side import StubPipeline
-from page import CUT, PRESETS, UNNAMED, answer, assert_edited, held_out, pixels, psnr
 from PIL import Image
 from playwright.sync_api import Page, expect
+from support.http import StubPipeline
+from support.page import CUT, PRESETS, UNNAMED, pixels
+from support.pictures import answer, assert_edited, held_out, psnr_db
 
 from pipeline.images import blend, encode_png, fit, open_image
 from qwen_realtime import EditParams, EditResult
@@ -29,7 +30,6 @@ from webui.parts import preset_chips
 from webui.work import save_png
 from webui_realtime import launch, load_engine, main, parse_args
 
-pytest_plugins = ["page"]
 SERVED_WITHIN_S = 20
 
 
@@ -439,7 +439,7 @@ def test_a_collage_is_drawn_as_it_is_edited_moved_by_hand_and_edited_while_it_mo
         page.wait_for_function(f"last => ({result})() && ({result})() !== last", arg=last)
         last = page.evaluate(result)
         output = open_image(page.request.get(last).body())
-        if psnr(output, answer("negative", moved)) > 16:
+        if psnr_db(output, answer("negative", moved)) > 16:
             break
     assert_edited(output, "negative", moved, at_least_db=16.0)
     assert page.evaluate(UNNAMED) == []
@@ -488,7 +488,7 @@ def test_the_camera_can_be_picture_1(ready, open_page, camera):
     image = slot.locator("img").first
     expect(image).to_be_visible()
     shot = open_image(page.request.get(image.get_attribute("src")).body())
-    assert psnr(fit(shot, 256, 256), camera) > 20, "it is not what the camera shows, or mirrored"
+    assert psnr_db(fit(shot, 256, 256), camera) > 20, "it is not what the camera shows, or mirrored"
 
 
 def test_a_copied_picture_can_be_pasted_anywhere(ready, open_page):

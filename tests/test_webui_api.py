@@ -17,8 +17,9 @@ import httpx
 import numpy as np
 import pytest
 from gradio_client import Client, exceptions, handle_file
-from http_side import StubPipeline
-from page import PATIENCE_S, PRESETS, Program, assert_edited, held_out
+from support.http import StubPipeline
+from support.page import PATIENCE_S, PRESETS, Program
+from support.pictures import assert_edited, held_out
 
 from pipeline.images import blend, encode_png, fit, open_image
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
@@ -28,29 +29,21 @@ from webui.mcp import mcp_missing, own_file
 from webui.work import settings_inside
 from webui_realtime import launch, parse_args
 
-pytest_plugins = ["page"]
 FIRST, SECOND = held_out("chelsea.png"), held_out("coffee.png")
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    """The program, with MCP where its package is here."""
-    program = Program(tmp_path_factory.mktemp("program") / "log.txt", *(["--mcp"] if mcp_missing() is None else []))
-    yield program
-    program.process.terminate()
-    program.process.wait(PATIENCE_S)
-
-
-@pytest.fixture(scope="module")
-def mcp_program(ready):
+def mcp_program(program):
     if mcp_missing() is not None:
         pytest.skip(mcp_missing())
-    return ready
+    program.until(lambda health: health["state"] == "ready", "the model is loaded")
+    return program
 
 
 @pytest.fixture(scope="module")
-def client(ready, tmp_path_factory):
-    client = Client(ready.url, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
+def client(program, tmp_path_factory):
+    program.until(lambda health: health["state"] == "ready", "the model is loaded")
+    client = Client(program.url, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
     yield client
     client.close()
 

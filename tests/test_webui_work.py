@@ -9,8 +9,8 @@ import gradio as gr
 import httpx
 import numpy as np
 import pytest
-from http_side import StubPipeline, serving
 from PIL import Image
+from support.http import StubPipeline, serving
 
 from pipeline.images import EditError, encode_png
 from qwen_realtime import EditParams, EditResult, EngineConfig, RealtimeEngine

@@ -7,7 +7,6 @@ import threading
 from contextlib import contextmanager
 
 import httpx
-import numpy as np
 import uvicorn
 from starlette.applications import Starlette
 from websockets.exceptions import InvalidStatus
@@ -66,10 +65,6 @@ def serving(holder: EngineHolder, auth=None, **options):
     finally:
         server.should_exit = server.force_exit = True
         thread.join()
-
-
-def grey(value=128, width=64, height=64) -> np.ndarray:
-    return np.full((height, width, 3), value, np.uint8)
 
 
 def b64(picture) -> str:

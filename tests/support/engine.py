@@ -2,7 +2,6 @@
 
 import threading
 
-import numpy as np
 import torch
 
 from benchmarks.live_view import PassThrough
@@ -85,8 +84,33 @@ class FakePipeline(PassThrough):
         assert self.started.acquire(timeout=PATIENCE_S), "no frame reached its denoise"
 
 
-def grey(width=64, height=64, value=128) -> np.ndarray:
-    return np.full((height, width, 3), value, np.uint8)
+class BatchingFake(FakePipeline):
+    """Pictures that count their steps; notes who went together."""
+
+    class Picture:
+        def __init__(self, latents, prompt, steps):
+            self.latents, self.prompt, self.steps, self.step = latents, prompt, steps, 0
+
+        @property
+        def finished(self):
+            return self.step == self.steps
+
+    def __init__(self):
+        super().__init__()
+        self.together: list[list[str]] = []
+
+    def start(self, latents, references, prompt_embeds, mask, schedule, **options):
+        return self.Picture(latents, prompt_embeds, schedule)
+
+    def advance(self, pictures):
+        self.together.append([picture.prompt for picture in pictures])
+        for prompt in self.together[-1]:
+            if prompt in self.fail:
+                raise self.fail[prompt]
+        for picture in pictures:
+            picture.step += 1
+            if picture.prompt in self.poison:
+                picture.latents = picture.latents * float("nan")
 
 
 def edit(prompt="negative", **changes) -> EditParams:
@@ -96,3 +120,38 @@ def edit(prompt="negative", **changes) -> EditParams:
 def serve(session, *frames):
     """The results of (picture, params), one after the other."""
     return [session.result(session.submit([picture], params), PATIENCE_S) for picture, params in frames]
+
+
+def stream(session, frames):
+    """The outcomes of (picture, params), in order: each frame is submitted when the one before takes its first step."""
+    outcomes = []
+
+    def send():
+        picture, params = frames[len(outcomes)]
+        with session._lock:
+            session.submit([picture], params, on_step)
+            outcomes.append(session._pending.outcome)
+
+    sent = iter(range(1, len(frames)))
+
+    def on_step(step, steps):
+        if step == 0 and next(sent, None) is not None:
+            send()
+
+    send()
+    results, position = [], 0
+    while position < len(outcomes):
+        results.append(outcomes[position].result(PATIENCE_S))
+        position += 1
+    assert len(results) == len(frames)
+    return results
+
+
+def backlog(engine, fake, frames):
+    """The results of (session, picture, params) whose frames all wait before the first is taken, one a session."""
+    outcomes = []
+    with engine._lock:
+        for session, picture, params in frames:
+            session.submit([picture], params)
+            outcomes.append(session._pending.outcome)
+    return [outcome.result(PATIENCE_S) for outcome in outcomes]

@@ -1,4 +1,4 @@
-"""What schemathesis cannot know: base64 here is the base64 of a picture. Read by `test_http_schema.py`."""
+"""What schemathesis cannot know: base64 here is the base64 of a picture. Read by `test_http_broken.py`."""
 
 import base64
 import io

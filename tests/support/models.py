@@ -1,4 +1,4 @@
-"""Models of the real classes at small size, their inputs, and how near two results are: shared by several tests."""
+"""Small models of the real classes, what they are given and how results are compared."""
 
 import torch
 from diffusers import QwenImageTransformer2DModel
@@ -7,7 +7,7 @@ from torch import nn
 from fp8_linear import Fp8Linear
 from int8_linear import Int8Linear
 
-KINDS = [Int8Linear, Fp8Linear]
+KINDS = [Int8Linear, Fp8Linear]  # of quantized layers
 LAYOUTS = {
     "one reference": ((1, 8, 8), (1, 8, 8)),
     "a wide picture, a small reference": ((1, 4, 12), (1, 4, 4)),
@@ -45,7 +45,7 @@ def stock(model, latents, conditions, embeds, layout, time):
 
 
 def sqnr_db(got: torch.Tensor, exact: torch.Tensor) -> float:
-    """Signal to quantisation noise, in decibels."""
+    """Signal to quantization noise ratio."""
     return float(10 * torch.log10(exact.double().square().sum() / (got.double() - exact.double()).square().sum()))
 
 
