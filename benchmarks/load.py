@@ -248,7 +248,7 @@ def complaints(report: dict) -> list[str]:
 
 @contextlib.contextmanager
 def own_server(arguments: list[str]):
-    """The address of a `server.py` of its own, ready, on a free port; it ends with the block."""
+    """(address, process id) of a `server.py` of its own, ready, on a free port; it ends with the block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -264,7 +264,7 @@ def own_server(arguments: list[str]):
                 if state["state"] in ("ready", "failed"):
                     break
             time.sleep(0.2)
-        yield address
+        yield address, server.pid
     finally:
         server.terminate()
         try:
@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     numbers = {"live": options.live, "posting": options.posting, "side": options.size, "steps": options.steps}
     with contextlib.ExitStack() as stack:
         if options.url is None:
-            address = stack.enter_context(own_server(["--model", options.model]))
+            address, _ = stack.enter_context(own_server(["--model", options.model]))
         else:
             address = urlsplit(options.url).netloc
             if urlsplit(options.url).hostname not in ("127.0.0.1", "localhost", "::1"):

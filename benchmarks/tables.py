@@ -1,6 +1,6 @@
 """The documents' tables from the result files, so that no figure is ever typed by hand.
 
-`benchmarks/README.md` has all of them, the README the few that a person asks for first. Each file of `benchmark` is a table. The others say by their `kind` what they are: those of `techniques` and `soak` make
+`benchmarks/README.md` has all of them, the README the few that a person asks for first, SECURITY.md what `attacks` counted. Each file of `benchmark` is a table. The others say by their `kind` what they are: those of `techniques` and `soak` make
 one section together, those of `memory`, `linear` and the accuracy of quantised models (`quality`) another.
 
 A column whose value is the same in a whole file moves to the line above the table; one that the file lacks is left
@@ -41,6 +41,11 @@ def figures(folder: Path = RESULTS) -> str:
     return _markdown(dict(zip(("what", "time or rate", "to compare", "from"), map(list, zip(*lines)), strict=True))) if lines else ""
 
 
+def attack_counts(folder: Path = RESULTS) -> str:
+    """Markdown of what was tried against the server and what came of it. May be empty."""
+    return "\n\n".join(_attacks(path, result) for path, result in _files(folder, "attacks"))
+
+
 # A document's sections: each stands between its markers and is written by its function.
 DOCUMENTS: dict[Path, dict[str, Callable[[Path], str]]] = {
     ROOT / "README.md": {"figures": figures},
@@ -49,6 +54,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[Path], str]]] = {
         "quantized": quantized_tables,
         "techniques": technique_tables,
     },
+    ROOT / "SECURITY.md": {"attacks": attack_counts},
 }
 
 
@@ -263,6 +269,29 @@ def _soak(path: Path, result: dict) -> str:
         f"{_machine(path, result)}: resident memory {first:.0f} MB after warm-up, "
         f"{last:.0f} MB at the end; {complaints}."
     )
+
+
+def _attacks(path: Path, result: dict) -> str:
+    """What was sent, what was answered, how long a bystander waited, and whatever the file complains of."""
+
+    def statuses(found: dict[str, int]) -> str:
+        return ", ".join(f"{count:,} times {status}" for status, count in sorted(found.items()))
+
+    load, videos, bystander, memory = (result[name] for name in ("load", "videos", "bystander", "memory_mb"))
+    served = {"live views": load["live"], "posting clients": load["posting"]}
+    rows = {
+        f"{result['schemathesis']['cases']:,} requests that schemathesis invented": f"{len(result['schemathesis']['failures'])} rounds with a failure",
+        f"{result['pictures']['sent']:,} pictures with flipped bits": statuses(result["pictures"]["statuses"]),
+        f"{videos['sent']:,} videos with flipped bits": f"{videos['edited']} edited, {videos['refused']} refused in a sentence",
+        f"{result['hostile']['sent']:,} hostile bodies, in {result['minutes']:g} minutes beside the load": statuses(result["hostile"]["statuses"]),
+        "the load: " + ", ".join(f"{group['clients']} {name}" for name, group in served.items()): ", ".join(
+            f"{group['frames']:,} frames of {name}" for name, group in served.items()
+        ),
+        f"a bystander, {bystander['asked']:,} times": f"waited at most {bystander['worst_s']:g} s; {statuses(bystander['statuses'])}",
+        "memory of the server and its processes": f"{memory['before']} MB before, {memory['after']} MB after, at most {memory['most']} MB",
+    }
+    found = f"{len(result['complaints'])} complaints" if result["complaints"] else "No answer was a 5xx that is not promised"
+    return f"{_machine(path, result)}. {found}.\n\n{_markdown({'what was tried': list(rows), 'what came of it': list(rows.values())})}"
 
 
 def _start(result: dict) -> str:

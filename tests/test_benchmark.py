@@ -18,7 +18,16 @@ from benchmarks import benchmark, instruments, probes, subjects
 from benchmarks.benchmark import MIN_RUNS, SUITES, ResultFile, Trial, main, measure, plan, products
 from benchmarks.instruments import Clock, Memory, ceiling_tflops, denoise_flop, pictures
 from benchmarks.subjects import NEGATIVE_PROMPT, PROMPT, Case, LeftOutError, Models, Ours, Stock, as_run
-from benchmarks.tables import DOCUMENTS, figures, kind_of, quantized_tables, tables, technique_tables, write_tables
+from benchmarks.tables import (
+    DOCUMENTS,
+    attack_counts,
+    figures,
+    kind_of,
+    quantized_tables,
+    tables,
+    technique_tables,
+    write_tables,
+)
 
 ROW_KEYS = set(
     "subject weights width height steps cfg references reference_area batch quantize attention_quantize text_encoder_quantize vlm "
@@ -320,7 +329,7 @@ def test_only_what_is_between_the_markers_of_the_readme_changes(tmp_path):
 def test_tables_can_be_made_of_the_files_in_the_project():
     quantized, techniques = quantized_tables(), technique_tables()
     texts = {"benchmark": tables(), **dict.fromkeys(("memory", "linear", "quality"), quantized)}
-    texts |= dict.fromkeys(("techniques", "soak"), techniques)
+    texts |= dict.fromkeys(("techniques", "soak"), techniques) | {"attacks": attack_counts()}
     for path in benchmark.ROOT.glob("benchmarks/results/*.json"):
         kind = kind_of(json.loads(path.read_text()))
         assert kind is None or f"(`benchmarks/results/{path.name}`)" in texts[kind]
