@@ -45,6 +45,7 @@ import torch
 from benchmarks.benchmark import ResultFile, environment
 from benchmarks.instruments import Memory
 from cached_pipeline import CachedQwenImageEditPipeline, load_pipeline
+from pipeline.geometry import on_grid, padded
 from pipeline.images import EditError, resample
 from qwen_realtime import EditParams, EditResult, EngineConfig, RealtimeEngine, Session
 
@@ -142,20 +143,21 @@ class ThroughPipeline(CachedQwenImageEditPipeline):
         return torch.full((1, 8, 16), prompt_value(prompt), device=self._execution_device)
 
     def _encode_pictures(self, pictures, width: int, height: int) -> torch.Tensor:
-        pixels = resample(pictures.on(self._execution_device), width, height, "lanczos")  # (b, H, W, 3)
+        pixels = padded(resample(pictures.on(self._execution_device), width, height, "lanczos"))  # (b, H, W, 3)
+        height, width = pixels.shape[1:3]
         grey = pixels.float().mean(dim=3) / 127.5 - 1
         squares = grey.unflatten(2, (width // 16, 4, 4)).unflatten(1, (height // 16, 4, 4)).mean(dim=(3, 6))
         squares = squares.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)  # (b, tokens, 16)
         return torch.nn.functional.pad(squares, (0, self.latent_channels * 4 - 16))
 
     def decode(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
-        rows, columns = height // 16, width // 16
+        columns, rows = (side // 16 for side in on_grid(width, height))
         red = latents[..., :16].reshape(-1, rows, columns, 4, 4).permute(0, 1, 3, 2, 4)
         red = red.reshape(-1, rows * 4, columns * 4)
         green, blue = (latents[..., c].reshape(-1, rows, columns) for c in (16, 17))
         sides = [(red, 4), (green, 16), (blue / 4, 16)]
         pixels = torch.stack([x.repeat_interleave(n, 1).repeat_interleave(n, 2) for x, n in sides], dim=3)
-        return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return ((pixels[:, :height, :width] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 # Clients --------------------------------------------------------------------------------------------------------------

@@ -167,12 +167,18 @@ def acts_as_a_whole(text_encoder: nn.Module) -> bool:
     return any(
         "_hf_hook" in vars(m)
         or getattr(vars(m).get("_diffusers_hook"), "hooks", None)
-        or m._forward_hooks
-        or m._forward_pre_hooks
+        or any(map(_acts, (*m._forward_hooks.values(), *m._forward_pre_hooks.values())))
         or _replaced_forward(m)
         or vars(m).get("_compiled_call_impl") is not None
         for m in (text_encoder, text_encoder.model)
     )
+
+
+def _acts(hook) -> bool:
+    """Whether a hook is somebody's own. transformers leaves one on every block that has once run with its outputs asked for;
+    it only writes down what passes, and only within such a call.
+    """
+    return hook is not come_along and getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
 
 
 def _replaced_forward(module: nn.Module) -> bool:
@@ -197,7 +203,7 @@ def foreign(root: nn.Module) -> str | None:
             return f"diffusers' hooks are on it ({', '.join(hooks)})"
         if hasattr(module, "base_layer"):
             return f"the adapter{where} is not fused into the weights (fuse it and unload it, or choose it at the start)"
-        if any(hook is not come_along for kind in _HOOKS for hook in own[kind].values()):
+        if any(_acts(hook) for kind in _HOOKS for hook in own[kind].values()):
             return f"a hook{where} acts on every call"
         if _replaced_forward(module):
             return f"the forward{where or ' of the model'} has been replaced, perhaps to offload it"

@@ -194,8 +194,9 @@ def writing(path: Path):
 
 def save_png(result: EditResult, model: str) -> str:
     """A PNG with a telling name and its settings inside, as `settings_inside` reads them back. Raises EditError."""
-    height, width = result.image.shape[:2]  # also where they followed from the picture
-    made = asdict(result.params) | {"width": width, "height": height, "model": model}
+    params, (height, width) = result.params, result.image.shape[:2]
+    size = {"width": params.width or width, "height": params.height or height}  # a side may have followed from the picture
+    made = asdict(params) | size | {"model": model}
     text = {name: str(value) for name, value in made.items()}
     with writing(new_folder() / f"{telling_name(result.params)}.png") as path:
         path.write_bytes(encode_png(result.image, text))
