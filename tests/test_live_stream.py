@@ -443,7 +443,7 @@ def test_a_snapshot_carries_its_settings_as_the_programs_own_downloads_do_and_gi
     assert np.array_equal(np.asarray(image.convert("RGB")).shape, (SIDE, SIDE, 3))
     assert set(image.text) == {field.name for field in fields(EditParams)} | {"model"}
     (tmp_path / "shot.png").write_bytes(data)
-    params = settings_inside(str(tmp_path / "shot.png"))
+    params = settings_inside(data)
     right = EditParams(prompt="negative: “über”", width=SIDE, height=SIDE, transition_frames=3)
     assert params == right and image.text["model"] == "pass-through"
 

@@ -69,7 +69,7 @@ def test_edit_gives_the_right_picture_with_its_settings_inside_and_says_how_long
     path, about = client.predict(file(tmp_path, "in.png", FIRST), "make it black and white", seed=7, api_name="/edit")
     assert_edited(open_image(Path(path).read_bytes()), "black and white", FIRST)
     assert (about["width"], about["height"], about["seed"]) == (256, 256, 7) and about["stages_ms"]["denoise"] > 0
-    inside = settings_inside(path)
+    inside = settings_inside(Path(path).read_bytes())
     assert (inside.prompt, inside.seed, inside.width) == ("make it black and white", 7, 256)
     path, _ = client.predict(
         file(tmp_path, "wide.png", fit(FIRST, 200, 100)), "make it sepia", width=128, height=64, api_name="/edit"

@@ -11,8 +11,10 @@ import gradio as gr
 from pipeline.images import EditError, encode_png
 from pocket_model.edits import EDITS, preset_prompts
 from qwen_realtime import EditParams
+from serving.decoding import LIMITS
 from webui.controls import Settings, control_values
-from webui.work import Job, Jobs, Stopped, check_chosen, read_picture, settings_inside, writing
+from webui.uploads import read_upload
+from webui.work import Job, Jobs, Stopped, check_chosen, new_folder, read_picture, settings_inside, writing
 
 HERE = Path(__file__).resolve().parent
 SHOWN_BY_BROWSERS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif")
@@ -137,7 +139,7 @@ class Offer:
 
     def answer(self, path: str | None, read_text: Callable) -> list:
         """What `outputs` are to show for this file, whose text chunks `read_text` reads."""
-        params = None if path is None else settings_inside(path, read_text)
+        params = None if path is None else settings_inside(read_upload(path, LIMITS.file_bytes), read_text)
         if params is None:
             return [None, gr.update(visible=False), ""]
         steps = f"{params.steps} step{'s' if params.steps > 1 else ''}"
@@ -167,7 +169,7 @@ def on_upload(picture: gr.Image, jobs: Jobs, offer: Offer | None = None) -> None
         image = read_picture(path, decode=job.open)
         if Path(path).suffix.lower() in SHOWN_BY_BROWSERS:
             return path
-        with writing(Path(path).with_suffix(".png")) as png:
+        with writing(new_folder() / f"{Path(path).stem}.png") as png:  # beside the upload another file may have that name
             png.write_bytes(encode_png(image))
         return str(png)
 

@@ -203,14 +203,10 @@ def save_png(result: EditResult, model: str) -> str:
     return str(path)
 
 
-def settings_inside(path: str, read_text: Callable[[bytes], dict[str, str]] = png_text) -> EditParams | None:
-    """The settings that this editor wrote into a picture, None where there are none. Never raises on a file's account:
-    a picture is a picture, whatever else it carries.
+def settings_inside(data: bytes, read_text: Callable[[bytes], dict[str, str]] = png_text) -> EditParams | None:
+    """The settings that this editor wrote into a picture's file, None where there are none. Never raises on a file's
+    account: a picture is a picture, whatever else it carries.
     """
-    try:
-        data = read_upload(path, LIMITS.file_bytes)
-    except EditError:
-        return None
     if b"prompt\0" not in data:  # the name of the text chunk; most pictures need not be read for it
         return None
     try:
