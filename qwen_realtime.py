@@ -53,7 +53,7 @@ from engine.frames import (
     prepare_pictures,
 )
 from engine.pace import Cost, Costs, Pace
-from engine.policies import RATE_FRAMES, frame_rate, idle_sessions, next_session, shown_ages, take_at
+from engine.scheduling import RATE_FRAMES, frame_rate, idle_sessions, next_session, shown_ages, take_at
 from engine.settings import (
     CHOICES,
     LIMITS,

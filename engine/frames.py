@@ -30,17 +30,17 @@ from engine.pace import Plan, plan_of
 from engine.policies import (
     MOTION_WINDOW,
     TOKEN,
-    beside,
     changed_tokens,
-    embeds_anew,
-    gives_way,
+    looks_again,
     motion,
     motion_strength,
+    neighbours,
     similarity,
     skips,
     still_tokens,
     thumbnail,
 )
+from engine.scheduling import gives_way
 from engine.settings import EditParams
 from pipeline.content_cache import ContentCache
 from pipeline.geometry import on_grid, padded
@@ -340,7 +340,7 @@ class FrameEditor:
     @staticmethod
     def _is_read_anew(params: EditParams, last: Embeds, thumbnails: list[np.ndarray]) -> bool:
         alike = _alike("patch", thumbnails, last.thumbnails)
-        return embeds_anew(params.embeds, last.frames, params.embeds_every, alike, params.embeds_threshold)
+        return looks_again(params.embeds, last.frames, params.embeds_every, alike, params.embeds_threshold)
 
     def _look(self, words: tuple, pictures: list, thumbnails: list[np.ndarray]) -> Embeds:
         if self._renewed is not None:  # what a renewal left in the pipeline's caches may still be in the making
@@ -476,7 +476,7 @@ class FrameEditor:
         inputs, options = self._inputs(work)
         with work.watch.stage("denoise"):
             if work.cache is not None:
-                work.cache.begin(work.changed, None if work.changed is None else beside(work.changed))
+                work.cache.begin(work.changed, None if work.changed is None else neighbours(work.changed))
             work.shown.latents = self._pipe.denoise(*inputs, **options, on_step=work.check)
             self._settle(work)
 

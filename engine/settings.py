@@ -98,7 +98,7 @@ class EditParams:
     skip_similar: str = "off"  # a frame like the last computed one repeats its result; by what measure: see `policies`
     skip_threshold: float = 0.98  # likeness from which frames are skipped, the likelier the more alike
     max_skipped: int = 10  # in a row
-    embeds: str = "fresh"  # when the vision-language model looks at a frame anew: see `policies.embeds_anew`
+    embeds: str = "fresh"  # when the vision-language model looks at a frame anew: see `policies.looks_again`
     embeds_every: int = 5
     embeds_threshold: float = 0.95
     embeds_background: bool = False  # a renewal runs beside the frames; until it is there the last embeddings serve

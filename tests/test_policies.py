@@ -4,23 +4,17 @@ import numpy as np
 import pytest
 
 from engine.policies import (
-    HOLDER_IDLE_S,
-    beside,
     changed_tokens,
-    embeds_anew,
-    frame_rate,
-    gives_way,
-    idle_sessions,
+    looks_again,
     motion,
     motion_strength,
-    next_session,
-    shown_ages,
+    neighbours,
     similarity,
     skips,
     still_tokens,
-    take_at,
     thumbnail,
 )
+from engine.scheduling import HOLDER_IDLE_S, frame_rate, gives_way, idle_sessions, next_session, shown_ages, take_at
 
 
 def test_next_session_is_the_one_whose_last_service_lies_furthest_back():
@@ -135,7 +129,7 @@ def test_after_the_most_skips_in_a_row_a_frame_is_computed():
 
 def test_when_the_model_looks_anew():
     def looks(policy, frames=1, alike=1.0):
-        return embeds_anew(policy, frames, every=3, alike=alike, threshold=0.95)
+        return looks_again(policy, frames, every=3, alike=alike, threshold=0.95)
 
     assert looks("fresh") and not looks("kept", frames=1000, alike=0.0)
     assert [looks("every", frames) for frames in (1, 2, 3)] == [False, False, True]
@@ -161,9 +155,9 @@ def test_a_token_has_changed_from_the_threshold_on_and_its_eight_neighbours_are_
     assert not changed_tokens(after, before, 5.1).any()
     changed = changed_tokens(after, before, 5.0)
     assert changed.shape == (6, 8) and changed.dtype == bool and changed.sum() == 1 and changed[2, 3]
-    around = beside(changed)
+    around = neighbours(changed)
     assert around.sum() == 8 and not around[2, 3] and around[1:4, 2:5].sum() == 8
-    corner = beside(changed_tokens(with_block(before, 0, 0, levels=50), before, 6.0))
+    corner = neighbours(changed_tokens(with_block(before, 0, 0, levels=50), before, 6.0))
     assert corner.sum() == 3 and corner[:2, :2].sum() == 3
 
 
