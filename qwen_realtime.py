@@ -40,18 +40,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.errors import Cancelled, EngineError, is_out_of_memory
 from engine.fitting import Fitted, checked_size, notes
-from engine.frames import (
-    STAGES,
-    Cancelled,
-    EngineError,
-    FrameEditor,
-    SessionMemory,
-    Stopwatch,
-    Work,
-    is_out_of_memory,
-    prepare_pictures,
-)
+from engine.frames import FrameEditor, prepare_pictures
+from engine.memory import SessionMemory, Work
 from engine.pace import Cost, Costs, Pace
 from engine.scheduling import RATE_FRAMES, frame_rate, idle_sessions, next_session, shown_ages, take_at
 from engine.settings import (
@@ -62,6 +54,7 @@ from engine.settings import (
     EditParams,
     EngineConfig,
 )
+from engine.streams import STAGES, Stopwatch
 from pipeline.images import EditError
 
 __all__ = [
@@ -474,7 +467,7 @@ class RealtimeEngine:
             if self._device.type == "cuda":
                 if self._device.index is not None:
                     torch.cuda.set_device(self._device)
-                self._editor.use_streams(self._overlap)
+                self._editor.streams.start(self._overlap)
             report = self.pipeline.enable_fast_path() if self.config.fast_path else []
             self.description = {
                 **self.pipeline.description,
@@ -578,7 +571,7 @@ class RealtimeEngine:
             self._finish(turn)
             self._deliver_turn(turn)
         if turn is not None:
-            self._editor.record_ahead(turn.session._memory)
+            self._editor.token_caches.record_ahead(turn.session._memory)
         return True
 
     def _begin(self, turn: _Turn) -> None:
@@ -595,7 +588,7 @@ class RealtimeEngine:
         work, asked, pace, now = frame.work, frame.work.plan, frame.session._pace, self._clock()
         with self._lock:
             sessions = sum(bool(s._shown) and now - s._shown[-1][0] < _ACTIVE_S for s in self._sessions.values())
-        may_reuse = self._editor.may_reuse(work.params)
+        may_reuse = self._editor.token_caches.possible(work.params)
         plan = pace.choose(work.params, asked, may_reuse, self._costs, max(1, sessions), self._overlap, now)
         work.notes += [pace.text] if pace.text else []
         if plan != asked:
@@ -620,9 +613,9 @@ class RealtimeEngine:
             flight.append(frame)
         if flight:
             self._step(turn)
-        turn.asked = self._editor.event()
+        turn.asked = self._editor.streams.event()
         if turn.asked is not None:
-            self._editor.renew(turn.session._memory)
+            self._editor.embeddings.renew(turn.session._memory)
 
     def _expect(self, work: Work, steps: int) -> None:
         """Takes note of how long the GPU will be busy with so many steps."""
@@ -656,7 +649,7 @@ class RealtimeEngine:
                 self._attempt([frame], lambda frame=frame: self._collect(frame))
             self._deliver(frame)
         if turn.asked is None:
-            self._editor.renew(turn.session._memory)
+            self._editor.embeddings.renew(turn.session._memory)
 
     def _collect(self, frame: _Frame) -> None:
         frame.image = self._editor.collect(frame.work)
@@ -693,7 +686,7 @@ class RealtimeEngine:
         if out_of_memory:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # other frames' work may still read what is freed now
-            self._editor.free_caches()
+            self._editor.token_caches.free_all()
             self.pipeline.release_memory()
             (width, height), params = work.size, work.params
             error = EngineError(
@@ -725,7 +718,7 @@ class RealtimeEngine:
                     self._learn(work, stages_ms, latency_ms, now)
                 self._done_times.append(now)
                 session._done_times.append(now)
-                session._shown.append((now, (work.repeats or work.shown).submitted_monotonic))
+                session._shown.append((now, (work.repeats or work.rendered).submitted_monotonic))
             else:
                 self._errors += 1
             fps = frame_rate(session._done_times, now)

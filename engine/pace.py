@@ -62,7 +62,7 @@ class Cost(NamedTuple):
 
 
 def plan_of(params: EditParams, size: tuple[int, int], pictures: int) -> Plan:
-    guidance = params.cfg_mode if params.cfg_scale > 1 else "none"
+    guidance = params.cfg_mode if params.guided else "none"
     return Plan(params.steps, *size, params.stream_batch, params.reuse, guidance, pictures)
 
 

@@ -48,6 +48,13 @@ def similarity(measure: str, now: np.ndarray, before: np.ndarray) -> float:
     return 1.0 - float(difference.max()) / 255.0
 
 
+def least_similarity(measure: str, now: list[np.ndarray], before: list[np.ndarray]) -> float:
+    """The smallest similarity of the pairs of thumbnails; 0 where there is nothing to compare."""
+    if not now or len(now) != len(before):
+        return 0.0
+    return min(similarity(measure, *pair) for pair in zip(now, before, strict=True))
+
+
 def skips(alike: float, threshold: float, skipped: int, most: int, draw: float) -> bool:
     """StreamDiffusion's stochastic similarity filter: whether a frame repeats the last result instead of being computed.
 

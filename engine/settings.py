@@ -132,6 +132,11 @@ class EditParams:
         if not self.prompt:
             raise EditError(f"prompt is empty. Allowed: 1 to {MAX_PROMPT_CHARS} characters that say what to change.")
 
+    @property
+    def guided(self) -> bool:
+        """Whether guidance is computed at all."""
+        return self.cfg_scale > 1 and self.cfg_mode != "none"
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "EditParams":
         """From JSON or a form. Raises EditError on an unknown key, a missing prompt, or a bad value."""

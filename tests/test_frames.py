@@ -8,7 +8,8 @@ import torch
 from support.engine import PATIENCE_S, BatchingFake, Clock, serve
 from support.pictures import psnr_db
 
-from engine.frames import START_LEVELS, mixed_prompts, start_from, started_late, words_rows
+from engine.embeddings import mixed_prompts, words_rows
+from engine.frames import START_LEVELS, start_from, started_late
 from fast_path import TokenCache
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
 
