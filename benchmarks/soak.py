@@ -381,7 +381,7 @@ def run(
     report, began = Report(), time.perf_counter()
     config = EngineConfig(idle_timeout_s=IDLE_S, max_sessions=1000)
     samples: list[tuple[float, float, float]] = []  # progress, resident and allocated MB
-    failing = logging.getLogger("qwen_realtime")
+    failing = logging.getLogger("engine.loop")
     level = failing.level
     failing.setLevel(logging.CRITICAL + 1)  # hundreds of frames that are meant to fail
     try:

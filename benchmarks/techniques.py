@@ -163,13 +163,8 @@ def at_size_of(picture: np.ndarray, frame: np.ndarray) -> np.ndarray:
 
 
 def submit(session: Session, picture: np.ndarray, params: EditParams) -> Future:
-    """Submits and returns the future of the frame's EditResult, set in the moment it is done.
-
-    `Session.result` can miss a frame when the next one is done at once, as a repeated one is; a measurement must not.
-    """
-    with session._lock:
-        session.submit([picture], params)
-        return session._pending.outcome
+    """Submits and returns the future of the frame's EditResult, set in the moment it is done."""
+    return session.submit_for_outcome([picture], params).outcome
 
 
 @dataclass
@@ -199,7 +194,7 @@ def stream(session: Session, pipeline, frames: list[np.ndarray], params: list[Ed
 
     for shot, picture, settings in zip(shots, frames, params, strict=True):
         waits_until = time.perf_counter() + PATIENCE_S
-        while session._pending is not None:
+        while session.waiting:
             if time.perf_counter() > waits_until:
                 raise TimeoutError(f"no frame was taken within {PATIENCE_S:g} s")
             time.sleep(0.0005)

@@ -69,9 +69,9 @@ def test_embeddings_from_the_background_arrive_and_are_those_of_their_picture(pi
     with RealtimeEngine(pipe) as engine, engine.open_session() as session:
         picture = photo(256, 256, 1)
         session.result(session.submit([photo(256, 256, 2)], params), PATIENCE_S)
-        first = session._memory.embeds
+        first = session.memory.embeds
         results = [session.result(session.submit([picture], params), PATIENCE_S) for _ in range(6)]
-        renewed = session._memory.embeds
+        renewed = session.memory.embeds
         assert renewed is not first, "a renewal came through"
         fresh = engine.edit([picture], params.replace(embeds="fresh", embeds_background=False), timeout=PATIENCE_S)
     assert psnr_db(results[-1].image, fresh.image) > 40
@@ -117,7 +117,7 @@ def test_a_stream_with_reuse_records_ahead_and_says_nothing_of_it(pipe, photo, c
             picture[64:128, t : t + 64] = patch
             result = session.result(session.submit([picture], params), PATIENCE_S)
             assert result.error is None and result.notes == ()
-        cache = session._memory.cache
+        cache = session.memory.cache
         assert result.computed < 0.5 and cache.recordings > 6
         begun = cache.recordings
         for t in range(8 * AHEAD_EVERY, 10 * AHEAD_EVERY):

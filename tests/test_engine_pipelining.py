@@ -11,7 +11,7 @@ import torch
 from support.engine import PATIENCE_S, BatchingFake, Clock, FakePipeline, backlog, edit, stream
 from support.pictures import grey
 
-import qwen_realtime as engine_module
+from engine import loop
 from engine.pace import Cost, plan_of
 from pipeline.images import EditError
 from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
@@ -37,7 +37,7 @@ class OrderedFake(FakePipeline):
 def overlapped(pipeline, **options):
     """An engine that overlaps as on a GPU."""
     engine = RealtimeEngine(pipeline, EngineConfig(fast_path=False), **options)
-    engine._overlap = True
+    engine._loop.overlap = True
     with engine:
         yield engine
 
@@ -116,7 +116,7 @@ def test_a_failed_frame_is_its_sessions_and_the_one_behind_it_works():
         )
         assert [result.error is None for result in results] == [False, True] * 3
         assert [result.image[0, 0, 0] for result in results[1::2]] == [1, 3, 5]
-        assert engine._tail is None or not engine._taken
+        assert engine._loop.tail is None or not engine._sessions.taken
 
 
 def test_a_skipped_frame_comes_after_the_one_that_it_repeats():
@@ -139,7 +139,7 @@ def test_cancel_and_close_reach_a_frame_that_only_waits_to_be_decoded():
         assert other.result(second, PATIENCE_S).image[0, 0, 0] == 2
         with pytest.raises(EditError, match="closed"):
             session.result(number)
-    assert engine._taken == [] and ("decode", 1) not in [call[:2] for call in fake.calls]
+    assert engine._sessions.taken == [] and ("decode", 1) not in [call[:2] for call in fake.calls]
 
 
 def test_pipelining_can_be_turned_off_and_says_why_it_is():
@@ -152,8 +152,8 @@ def test_pipelining_can_be_turned_off_and_says_why_it_is():
 @pytest.fixture
 def taken(monkeypatch):
     """What `take_at` was asked: (busy until, length of an encode), once for each turn."""
-    asked, real = [], engine_module.take_at
-    monkeypatch.setattr(engine_module, "take_at", lambda *args: asked.append(args) or real(*args))
+    asked, real = [], loop.take_at
+    monkeypatch.setattr(loop, "take_at", lambda *args: asked.append(args) or real(*args))
     return asked
 
 
@@ -162,7 +162,7 @@ def test_the_next_frame_is_due_by_what_frames_of_its_kind_took_lately(taken, bat
     clock, params = Clock(), edit(steps=4, stream_batch=batch)
     with overlapped(BatchingFake(), clock=clock) as engine, engine.open_session() as session:
         cost = Cost(encode=20.0, denoise=400.0, decode=30.0, latency=450.0)
-        engine._costs.add(plan_of(params, (64, 64), 1), cost, clock())
+        engine._loop.costs.add(plan_of(params, (64, 64), 1), cost, clock())
         before = len(taken)
         stream(session, [(grey(), params)])
     assert next(args for args in taken[before:] if args != (0.0, 0.0)) == pytest.approx((clock() + busy_s, 0.02))
@@ -170,6 +170,6 @@ def test_the_next_frame_is_due_by_what_frames_of_its_kind_took_lately(taken, bat
 
 def test_without_overlap_no_frame_waits_for_the_one_before(taken):
     with RealtimeEngine(BatchingFake(), EngineConfig(fast_path=False), clock=Clock()) as engine, engine.open_session() as session:
-        engine._costs.add(plan_of(edit(), (64, 64), 1), Cost(20.0, 400.0, 30.0, 450.0), 1000.0)
+        engine._loop.costs.add(plan_of(edit(), (64, 64), 1), Cost(20.0, 400.0, 30.0, 450.0), 1000.0)
         stream(session, [(grey(), edit())] * 2)
     assert set(taken) == {(0.0, 0.0)}

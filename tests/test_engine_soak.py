@@ -26,9 +26,8 @@ class Person:
                 f"person {self.number}", seed=self.number * 10 + chance.randrange(10), steps=chance.choice([1, 2, 4]),
                 stream_batch=chance.random() < 0.7, skip_similar=chance.choice(["off", "patch"]), width=chance.choice([64, 96]),
             )  # fmt: skip
-        with self.session._lock:
-            number = self.session.submit([grey(value=chance.choice([50, 200]))], self.params)
-            self.sent.append((number, self.params.seed, self.session._pending.outcome))
+        number, outcome = self.session.submit_for_outcome([grey(value=chance.choice([50, 200]))], self.params)
+        self.sent.append((number, self.params.seed, outcome))
 
     def check(self, ended: bool) -> int:
         """Of all its frames: delivered ones are its own, in order, and unless it left the newest is one of them."""
@@ -53,7 +52,7 @@ class Person:
 def test_people_who_come_and_go_lose_no_newest_frame_and_never_see_each_others(overlap, luck):
     chance = random.Random(luck)
     engine = RealtimeEngine(BatchingFake(), EngineConfig(fast_path=False, max_sessions=8), draw=lambda: 0.5)
-    engine._overlap = overlap
+    engine._loop.overlap = overlap
     here, delivered, visitors = [], 0, 0
     with engine:
         for _ in range(ACTIONS):
@@ -80,7 +79,7 @@ def test_people_who_come_and_go_lose_no_newest_frame_and_never_see_each_others(o
         stats = engine.stats()
         assert stats.errors == 0 and delivered <= stats.frames and stats.skipped > 0
         assert delivered > 60, delivered
-    assert engine._taken == [] and engine._tail is None
+    assert engine._sessions.taken == [] and engine._loop.tail is None
 
 
 def test_memory_of_sessions_that_left_is_free_again():
@@ -90,6 +89,6 @@ def test_memory_of_sessions_that_left_is_free_again():
             with engine.open_session() as session:
                 params = edit(seed=n, steps=3, stream_batch=True)
                 session.result(session.submit([grey()], params), PATIENCE_S)
-                assert session._memory.result is not None
-            assert session._memory.result is None and session._flight == []
+                assert session.memory.result is not None
+            assert session.memory.result is None and session.flight == []
         assert engine.stats().sessions == 0 and not engine._sessions

@@ -1,5 +1,7 @@
 """Stream batch: frames at different steps in one forward. Pictures on the embedded model, order and failures on a fake."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -104,27 +106,25 @@ def test_cancel_forgets_all_that_are_on_their_way(fake):
         with pytest.raises(EditError, match="cancelled"):
             session.result(number, PATIENCE_S)
         (after,) = stream(session, [(grey(), params.replace(seed=5))])
-        assert after.image[0, 0, 0] == 5 and session._flight == [] and engine._taken == []
+        assert after.image[0, 0, 0] == 5 and session.flight == [] and engine._sessions.taken == []
 
 
 def test_a_skipped_frame_waits_for_the_one_that_it_repeats(fake):
     params = edit(steps=3, stream_batch=True, skip_similar="patch", seed=6)
     with RealtimeEngine(fake, draw=lambda: 0.0) as engine, engine.open_session() as session:
         frames = [(grey(value=100), params), (grey(value=180), params)]
-        outcomes = []
+        outcomes, sending = [], threading.RLock()
 
         def on_step(step, steps):
-            if not outcomes:
-                return
-            if len(outcomes) == 1:
-                send(*frames[1], on_step)
-            elif len(outcomes) == 2 and step == 0:
-                send(grey(value=181), params, on_step)
+            with sending:
+                if len(outcomes) == 1:
+                    send(*frames[1], on_step)
+                elif len(outcomes) == 2 and step == 0:
+                    send(grey(value=181), params, on_step)
 
         def send(picture, params, on_step):
-            with session._lock:
-                session.submit([picture], params, on_step)
-                outcomes.append(session._pending.outcome)
+            with sending:
+                outcomes.append(session.submit_for_outcome([picture], params, on_step).outcome)
 
         send(*frames[0], on_step)
         outcomes[0].result(PATIENCE_S)

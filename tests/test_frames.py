@@ -126,10 +126,10 @@ def test_only_so_many_sessions_hold_caches_and_an_idle_one_gives_way(pocket, pho
         one, two = engine.open_session(), engine.open_session()
         serve(one, (picture, params))
         (refused,) = serve(two, (picture, params))
-        assert "1 other sessions hold the 1 places" in refused.notes[0] and two._memory.cache is None
+        assert "1 other sessions hold the 1 places" in refused.notes[0] and two.memory.cache is None
         clock.now += 10
         (taken,) = serve(two, (picture, params))
-        assert taken.notes == () and two._memory.cache is not None and one._memory.cache is None
+        assert taken.notes == () and two.memory.cache is not None and one.memory.cache is None
         clock.now += 10
         (back,) = serve(one, (picture, params))
         assert "another session had this one's place" in back.notes[0] and back.computed == 1.0
@@ -206,9 +206,9 @@ def test_motion_turns_the_strength_down(fast, photo):
     params = PARAMS.replace(blend_still=0.6, motion_aware=True, width=64, height=64, steps=1)
     with fast.open_session() as session:
         serve(session, *[(photo(64, 64, 1), params)] * 3)
-        still = session._memory.strength
+        still = session.memory.strength
         serve(session, *[(photo(64, 64, seed), params) for seed in (2, 3, 4)])
-        assert still == 1.0 and session._memory.strength < 0.3
+        assert still == 1.0 and session.memory.strength < 0.3
 
 
 def test_all_strengths_that_motion_may_choose_are_ready_when_the_first_is(fast, photo):
@@ -224,7 +224,7 @@ def test_all_strengths_that_motion_may_choose_are_ready_when_the_first_is(fast, 
             picture = photo(64, 64, 1).copy()
             picture[: round(64 * share)] = 255 - picture[: round(64 * share)]
             serve(session, (picture, params))
-            strengths.add(round(session._memory.strength * START_LEVELS))
+            strengths.add(round(session.memory.strength * START_LEVELS))
     assert len(strengths) > 2 and ready == before + 2 * START_LEVELS, strengths
     assert modulations.summary()["entries"] == ready
 

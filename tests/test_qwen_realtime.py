@@ -56,7 +56,7 @@ def test_all_model_work_happens_on_one_thread_that_close_joins(fake):
     assert fake.threads == {"inference"}
     engine.close()
     engine.close()
-    assert not engine._thread.is_alive()
+    assert not engine._loop.thread.is_alive()
     for use in (engine.open_session, lambda: engine.edit([grey()], edit())):
         with pytest.raises(EditError, match="closed"):
             use()
@@ -82,8 +82,7 @@ def test_who_waits_for_a_dropped_frame_is_told(engine, fake):
     session = engine.open_session()
     session.submit([grey()], edit("first"))
     fake.await_start()
-    session.submit([grey()], edit("second"))
-    outcome = session._pending.outcome  # what `result` waits for
+    outcome = session.submit_for_outcome([grey()], edit("second")).outcome  # what `result` waits for
     session.submit([grey()], edit("third"))
     with pytest.raises(EditError, match="Frame 2 was dropped: a newer one came"):
         outcome.result(PATIENCE_S)
@@ -258,7 +257,7 @@ def test_a_pipeline_that_cannot_start_says_so_to_the_starter(fake):
     engine = RealtimeEngine(fake)
     with pytest.raises(RuntimeError, match="no kernel"):
         engine.start()
-    assert not engine._thread.is_alive()
+    assert not engine._loop.thread.is_alive()
     with RealtimeEngine(fake, EngineConfig(fast_path=False)) as engine:
         pipelining = {"applied": False, "reason": "a device of the kind cpu does one thing at a time"}
         assert engine.description == {"model": "fake", "default_size": 64, "fast_path": [], "pipelining": pipelining}
@@ -345,7 +344,7 @@ def test_closing_the_engine_stops_a_running_frame_and_tells_who_waits(fake):
     caller.join(PATIENCE_S)
     fake.gate.set()
     closer.join(PATIENCE_S)
-    assert said == ["Frame 1 was cancelled: its session closed."] and not engine._thread.is_alive()
+    assert said == ["Frame 1 was cancelled: its session closed."] and not engine._loop.thread.is_alive()
     assert fake.steps_done == 0
 
 
@@ -440,7 +439,7 @@ def test_the_iterator_gives_every_result_to_a_quick_reader_failed_ones_included(
 
     seen, session = asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
     assert seen == [(1, True), (2, True), (3, False), (4, True), (5, True)]
-    assert session._outlets == []
+    assert session._slots == []
 
 
 def test_a_result_from_before_the_iteration_is_not_lost_and_all_readers_see_it(engine):
@@ -687,6 +686,6 @@ def test_a_closed_session_holds_no_embeddings(fake):
     with RealtimeEngine(fake) as engine:
         session = engine.open_session()
         serve(session, (grey(), edit()))
-        assert session._memory.embeds is not None
+        assert session.memory.embeds is not None
         session.close()
-        assert session._memory.embeds is None and session._memory.newest is None
+        assert session.memory.embeds is None and session.memory.newest is None

@@ -124,13 +124,12 @@ def serve(session, *frames):
 
 def stream(session, frames):
     """The outcomes of (picture, params), in order: each frame is submitted when the one before takes its first step."""
-    outcomes = []
+    outcomes, sending = [], threading.Lock()  # the next frame may be sent as soon as this one is submitted
 
     def send():
-        picture, params = frames[len(outcomes)]
-        with session._lock:
-            session.submit([picture], params, on_step)
-            outcomes.append(session._pending.outcome)
+        with sending:
+            picture, params = frames[len(outcomes)]
+            outcomes.append(session.submit_for_outcome([picture], params, on_step).outcome)
 
     sent = iter(range(1, len(frames)))
 
@@ -150,8 +149,7 @@ def stream(session, frames):
 def backlog(engine, fake, frames):
     """The results of (session, picture, params) whose frames all wait before the first is taken, one a session."""
     outcomes = []
-    with engine._lock:
+    with engine._sessions.lock:
         for session, picture, params in frames:
-            session.submit([picture], params)
-            outcomes.append(session._pending.outcome)
+            outcomes.append(session.submit_for_outcome([picture], params).outcome)
     return [outcome.result(PATIENCE_S) for outcome in outcomes]
