@@ -5,6 +5,7 @@ This is the door. Behind it, in `engine/`:
     sessions    people's streams: mailboxes, result slots, and the table of all of them with its lock
     loop        the inference thread: whose turn it is, failures, delivery
     frames      one frame in three stages
+    contract    what a pipeline must have to be run here
     settings    `EngineConfig` when the engine is built, `EditParams` with each frame
 
 Callers only exchange numpy arrays; everything torch does for a frame happens on the inference thread. A frame carries
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.contract import Pipeline
 from engine.errors import EngineError
 from engine.frames import prepare_pictures
 from engine.loop import Loop
@@ -42,7 +44,7 @@ class RealtimeEngine:
 
     def __init__(
         self,
-        pipeline: Any,
+        pipeline: Pipeline,
         config: EngineConfig | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,

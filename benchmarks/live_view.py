@@ -158,6 +158,8 @@ class PassThrough:
 
     description = {"model": "pass-through", "lora": None, "device": "cpu", "quantized": None, "dtype": "none"}  # noqa: RUF012
 
+    fast_path = fused_transformer = None
+
     def __init__(self, side: int = SIDE):
         import torch
 

@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import torch
 
+from engine.contract import FadingPipeline, Pipeline
 from engine.memory import NO_EMBEDDING, Embedding, Embeds, Fade, PendingEmbeds, SessionMemory, Work
 from engine.policies import least_similarity, looks_again
 from engine.settings import EditParams
@@ -16,7 +17,7 @@ logger = logging.getLogger(__name__)
 class Embeddings:
     """Gives each frame its embeddings, on one pipeline."""
 
-    def __init__(self, pipeline, streams: Streams):
+    def __init__(self, pipeline: Pipeline, streams: Streams):
         self._pipe, self._streams = pipeline, streams
         self._renewed: torch.cuda.Event | None = None  # after the last renewal
 
@@ -101,7 +102,7 @@ class Embeddings:
         return mixed_prompts(fade.origin, aim, words, fade.done / fade.frames, params.transition)
 
 
-def words_rows(pipe, prompt: str) -> int:
+def words_rows(pipe: FadingPipeline, prompt: str) -> int:
     """How many rows of a prompt's embeddings are the person's words and the part of the template after them."""
     behind = pipe.prompt_template_encode.split("{}")[1]
     return len(pipe.tokenizer(prompt + behind)["input_ids"])

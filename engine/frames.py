@@ -18,6 +18,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from engine.contract import Pipeline
 from engine.embeddings import Embeddings
 from engine.errors import EngineError
 from engine.fitting import framed, sized
@@ -45,7 +46,7 @@ class FrameEditor:
 
     def __init__(
         self,
-        pipeline,
+        pipeline: Pipeline,
         device: torch.device,
         draw: Callable[[], float],
         clock: Callable[[], float],

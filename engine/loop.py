@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from engine.contract import Pipeline
 from engine.errors import Cancelled, EngineError, is_out_of_memory
 from engine.frames import FrameEditor
 from engine.memory import Work
@@ -54,7 +55,7 @@ class Turn:
 class Loop:
     """The thread and what only it touches. `draw` is a number in [0, 1)."""
 
-    def __init__(self, pipeline, sessions: Sessions, statistics: Statistics, draw: Callable[[], float]):
+    def __init__(self, pipeline: Pipeline, sessions: Sessions, statistics: Statistics, draw: Callable[[], float]):
         self._pipeline, self._sessions, self._statistics = pipeline, sessions, statistics
         self._config, self._clock = sessions.config, sessions.clock
         self.device = torch.device(pipeline.device)
@@ -111,9 +112,8 @@ class Loop:
 
     def _tell_fast_path(self) -> None:
         """If the fast path's report has changed since the start (it left a part out), the description says so."""
-        report = getattr(
-            getattr(self._pipeline, "fast_path", None), "report", None
-        )  # stand-ins of the pipeline have none
+        fast_path = self._pipeline.fast_path
+        report = fast_path.report if fast_path is not None else None
         if report and report is not self._told_report:
             self._told_report = report
             self.description = {**self.description, "fast_path": [line._asdict() for line in report]}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from engine.contract import DenoisingPicture, TokenCache
 from engine.errors import Cancelled
 from engine.pace import Plan, plan_of
 from engine.policies import MOTION_WINDOW
@@ -101,7 +102,7 @@ class SessionMemory:
     fade: Fade | None = None
     motions: collections.deque = dataclasses.field(default_factory=lambda: collections.deque(maxlen=MOTION_WINDOW))
     strength: float = 1.0  # of what is kept from the last frame, by `policies.motion_strength`
-    cache: Any = None  # keys and values of the tokens, see fast_path.reuse
+    cache: TokenCache | None = None  # keys and values of the tokens, see fast_path.reuse
     cache_used_monotonic: float = 0.0
     cache_evicted: bool = False  # another session took it; the next result's notes must say so
     seen_with: tuple = ()  # settings, size and number of pictures for which `seen` holds
@@ -134,10 +135,10 @@ class Work:
     prompt: Embedding = NO_EMBEDDING
     negative: Embedding = NO_EMBEDDING
     references: Any = None
-    cache: Any = None
+    cache: TokenCache | None = None
     changed: np.ndarray | None = None  # bool (rows, columns), None = all
     computed: float = 1.0  # share of the tokens
-    picture: Any = None  # a denoising.Denoising, in a stream batch
+    picture: DenoisingPicture | None = None  # in a stream batch
     finite: torch.Tensor | None = None
     ready: torch.cuda.Event | None = None  # the last stage's work is done on its stream; None on the CPU
     download: Download | None = None

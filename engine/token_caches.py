@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from engine.contract import Pipeline
 from engine.memory import SessionMemory, Work
 from engine.policies import TOKEN, changed_tokens, neighbours
 from engine.scheduling import gives_way
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 class TokenCaches:
     """The token caches of all sessions: at most `places` of them at a time. `clock` is monotonic seconds."""
 
-    def __init__(self, pipeline, places: int, clock: Callable[[], float]):
+    def __init__(self, pipeline: Pipeline, places: int, clock: Callable[[], float]):
         self._pipe, self._places, self._clock = pipeline, places, clock
         self._holders: weakref.WeakSet[SessionMemory] = weakref.WeakSet()
         self._records_ahead = True
@@ -61,7 +62,7 @@ class TokenCaches:
 
     def possible(self, params: EditParams) -> bool:
         """Whether frames with these settings may reuse tokens."""
-        known = getattr(self._pipe, "fused_transformer", None) is not None
+        known = self._pipe.fused_transformer is not None
         return known and not params.guided and params.reference_area == "output" and self._places > 0
 
     def _acquire(self, memory: SessionMemory) -> str | None:
