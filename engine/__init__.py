@@ -1,1 +1,4 @@
-"""What a frame of a session costs and keeps: settings, one frame in three stages, policies and pace."""
+"""The engine's trades: sessions, the inference thread, one frame in three stages, policies, pace and settings.
+
+`qwen_realtime.RealtimeEngine` is the door.
+"""

@@ -33,7 +33,7 @@ class TokenCache(Protocol):
 
 
 class Pipeline(Protocol):
-    """A loaded model. Whatever a step raises fails the frame; an EditError's text is told to the person."""
+    """A loaded model. Whatever a step raises fails the frame; an EditError's text is shown to the person."""
 
     device: torch.device
     default_size: int  # side in pixels of a square with the area of a result whose size is left open

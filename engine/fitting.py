@@ -88,9 +88,8 @@ def sized(
 
 def notes(images: list[np.ndarray], params: EditParams, size: tuple[int, int]) -> tuple[str, ...]:
     """Which of the pictures that are made to share the output's shape are cut or padded for it."""
-    told = images if params.mode == "blend" else images[:1]
+    shapes = [image.shape[1::-1] for image in (images if params.mode == "blend" else images[:1])]
     done = "cut" if params.fit == "crop" else "padded with black"
-    shapes = [image.shape[1::-1] for image in told]
     return tuple(
         f"fit: picture {number} of {w}x{h} was {done} to the shape of {size[0]}x{size[1]}"
         for number, (w, h) in enumerate(shapes, 1)

@@ -3,7 +3,8 @@
 `Costs` keeps what frames took lately, by what they were (`Plan`), and estimates what was not measured from what was.
 `pick` chooses: of all plans that are no more than was asked for, the one that loses least and holds the target.
 `Pace` is one stream's: it changes the plan only for a reason that lasts, so that a picture does not flicker between two
-sizes. No part of it runs anything: a change is the next frame's, and nobody waits for it. The clock is passed in.
+sizes. No part of it runs anything: a change takes effect with the next frame, and no one waits for it. The clock is
+passed in.
 """
 
 import collections
@@ -18,14 +19,14 @@ from pipeline.geometry import TOKEN, in_shape
 
 LEAST_SIDE = 64  # pixels
 SCALES = (1.0, 0.75, 0.5)  # of the size that was asked for
-KEPT_FRAMES = 9  # a cost is the median over so many
-STALE_S = 30.0  # what was measured longer ago is estimated anew: other sessions come and go
+KEPT_FRAMES = 9  # a cost is the median over this number of frames
+STALE_S = 30.0  # an older measurement no longer counts: other sessions come and go
 FEWEST_FRAMES = 3  # with a plan before it is judged
-HOLD_S = 2.0  # a plan stays so long before a better one is tried; twice as long after each that was taken back
+HOLD_S = 2.0  # a plan stays this long before a better one is tried; twice as long after each that was taken back
 LONGEST_HOLD_S = 60.0
-TOO_SLOW = 1.05  # of the target: from here the plan changes,
-ROOM = 0.85  # and to a better one only when that is expected to take less than this share
-GAIN = 0.8  # where nothing holds the target, a change must take the time down to this share
+TOO_SLOW = 1.05  # change to a cheaper plan above this share of the target
+ROOM = 0.85  # try a better plan only if it should take at most this share of the target
+GAIN = 0.8  # where no plan holds the target, a change must bring the time down to this share
 TOKENS_EXPONENT = 0.8  # of the denoise's time: weights are read for few tokens as for many
 BATCH_SHARE = 0.9  # what a frame costs in a stream batch, of what it costs alone
 REUSE_SHARE = 0.5  # what a frame costs with reuse, before that was measured
@@ -69,8 +70,8 @@ def plan_of(params: EditParams, size: tuple[int, int], pictures: int) -> Plan:
 def interval_ms(plan: Plan, cost: Cost, overlap: bool) -> float:
     """Time from one frame of the stream to the next, if nothing else uses the device."""
     denoise = cost.denoise / plan.steps if plan.stream_batch else cost.denoise
-    beside = cost.encode + cost.decode
-    return max(denoise, beside) if overlap else denoise + beside
+    sides = cost.encode + cost.decode
+    return max(denoise, sides) if overlap else denoise + sides
 
 
 class Costs:

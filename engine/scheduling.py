@@ -10,7 +10,7 @@ import numpy as np
 
 RATE_WINDOW_S = 10.0  # a frame rate is measured over this long, or over RATE_FRAMES frames, whichever is shorter
 RATE_FRAMES = 31
-HOLDER_IDLE_S = 5.0  # a token cache that was not used for so long may go to another session
+HOLDER_IDLE_S = 5.0  # a token cache that was not used for this long may go to another session
 TAKE_MARGIN_S = 0.002
 
 

@@ -36,9 +36,15 @@ import torch
 from fast_path.transformer import Sample
 from pipeline import vision_language
 from pipeline.images import EditError
-from pipeline.sampling import CFG_MODES, Schedule, euler_step, predicted_clean, true_cfg, virtual_velocity
-
-MAX_CFG_DELTA = 2.0
+from pipeline.sampling import (
+    CFG_MODES,
+    MAX_CFG_DELTA,
+    Schedule,
+    euler_step,
+    predicted_clean,
+    true_cfg,
+    virtual_velocity,
+)
 
 
 @dataclass(frozen=True)

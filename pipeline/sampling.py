@@ -36,6 +36,7 @@ LIGHTNING_SCHEDULER = {
     "use_exponential_sigmas": False,
     "use_karras_sigmas": False,
 }
+MAX_CFG_DELTA = 2.0
 CFG_MODES = ("full", "none", "batched", "self_negative", "onetime_negative")
 
 

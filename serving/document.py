@@ -21,42 +21,6 @@ from serving.decoding import LIMITS as PICTURE_LIMITS
 from serving.edit import FORMATS, MAX_BODY_BYTES
 from serving.proxy import public_address
 
-MEANINGS = {  # of the EditParams
-    "prompt": "What to change, in words.",
-    "negative_prompt": "What not to do; read when cfg_scale is above 1.",
-    "steps": "Denoising steps: more is better and slower.",
-    "width": "Of the result, in pixels. With one of width and height, or neither, it has the first picture's shape.",
-    "height": "Of the result, in pixels.",
-    "seed": "The same seed, picture and settings give the same result.",
-    "cfg_scale": "True CFG; 1 is off, above it every step costs twice.",
-    "fit": "How a picture of another shape meets a width and height that are both given: cut to fill, or shown whole on "
-    "black; the notes say so. Never stretched.",
-    "mode": "blend: the two pictures are mixed by blend_ratio, then edited; references: all two or three go to the model, "
-    "each whole and in its own shape.",
-    "blend_ratio": "0 is the first picture alone, 1 the second alone. Given with ref_image it means mode blend.",
-    "reference_area": "The size at which the model sees the pictures: the result's, or the megapixel of the stock pipeline.",
-    "skip_similar": "Live views: a frame like the last computed one repeats its result; by which measure.",
-    "skip_threshold": "The likeness from which frames are skipped, the likelier the more alike.",
-    "max_skipped": "Frames skipped in a row.",
-    "embeds": "Live views: when the vision-language model looks at a frame anew.",
-    "embeds_every": "With embeds every: each so many frames.",
-    "embeds_threshold": "With embeds changed: the likeness below which it looks anew.",
-    "embeds_background": "Live views: a new look at the frame is taken beside the frames; until it is there the last one serves.",
-    "cfg_mode": "How guidance is computed where cfg_scale is above 1. full and batched give equal results; "
-    "self_negative and onetime_negative are cheaper and approximate; none turns guidance off.",
-    "cfg_delta": "With cfg_mode self_negative or onetime_negative: magnitude of the residual noise.",
-    "stream_batch": "Live views: frames at different steps go through the model together. A frame for each pass, shown later.",
-    "start_from_previous": "Live views: share of the way at which a frame starts from the last result. More is steadier.",
-    "blend_still": "Live views: share of the last result that is kept where the picture is still.",
-    "motion_aware": "Live views: start_from_previous and blend_still fall with the motion in the picture.",
-    "reuse": "Live views, approximate. steps: the references are read once for all steps; frames: also only what changed is computed.",
-    "reuse_threshold": "With reuse frames: mean difference of a 16x16 token's pixels (0 to 255) from which it counts as changed.",
-    "reuse_most": "With reuse frames: above this share of changed tokens the whole frame is computed.",
-    "target_fps": "Live views: the rate to hold, 0 = off. Steps, size, stream batch and reuse are then chosen to hold it.",
-    "latency_budget_ms": "Live views: the latency to hold in milliseconds, 0 = off. With target_fps both are held.",
-    "transition_frames": "Live views: a new prompt fades in over so many frames.",
-    "transition": "How it fades: straight between the two embeddings, or along the arc.",
-}
 PICTURE = {
     "type": "string",
     "format": "byte",
@@ -105,7 +69,7 @@ def setting_schema(field: dataclasses.Field) -> dict:
             schema |= {"minLength": 1, "pattern": r"\S"}
     if field.default is not dataclasses.MISSING:
         schema["default"] = field.default
-    return {"description": MEANINGS.get(name, ""), **schema}
+    return {"description": field.metadata["means"], **schema}
 
 
 def edit_schema(pictures: str) -> dict:

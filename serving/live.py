@@ -13,8 +13,12 @@ session, one encodes results and sends them. With the engine's own thread, frame
 k+2 is decoded. Every hand-over holds one frame, so a slow model or link loses frames but never builds a backlog. JPEG
 work runs in a small thread pool: neither the event loop nor the engine's thread waits for it.
 
-Each result says how long its frame waited for the engine and how often that takes one: for each edit of a slow model the
-browser sends one frame, which will be there just in time (webui/live/beat.js).
+The connection's mailbox holds bytes that are not decoded yet. The session has a second one with the same promise, one
+slot in which the newest frame wins, for decoded pixels (`engine.sessions`).
+
+Each result carries `waited_ms` (time in the session's mailbox) and `period_ms` (how often the engine takes a frame of
+this session). With a slow model the browser uses both to send one frame per edit, timed to arrive as the engine becomes
+free (webui/live/beat.js).
 
 The `LiveRoom` bounds what all connections together may take: sockets, and sessions of the engine. Some sessions are
 left for POST /edit, and whoever finds no session free waits in line and is told the position. A socket that has been

@@ -7,6 +7,7 @@ import pytest
 from support.engine import edit
 from support.pictures import grey
 
+from engine import settings
 from pipeline.images import EditError
 from qwen_realtime import LIMITS, EditParams, EngineConfig, prepare_pictures
 
@@ -116,3 +117,9 @@ def test_blend_makes_one_picture_of_two_by_the_ratio(area, shape):
         params = edit(mode="blend", blend_ratio=ratio, reference_area=area)
         (mixed,) = prepare_pictures(pictures, params, 96, 80)
         assert mixed.shape == shape and abs(mixed.astype(int) - value).max() <= 1, (ratio, mixed.mean())
+
+
+def test_every_setting_says_what_it_means_and_a_limit_or_choice_is_of_a_setting():
+    fields = {field.name: field for field in dataclasses.fields(EditParams)}
+    assert [name for name, field in fields.items() if not field.metadata.get("means", "").endswith(".")] == []
+    assert {*settings.LIMITS, *settings.CHOICES, *settings.SWITCHES} <= set(fields)
