@@ -374,3 +374,50 @@ def test_when_the_engines_thread_dies_every_caller_is_told_and_nothing_new_is_ta
         assert ready.status_code == 503 and ready.json()["state"] == health["state"] == "failed"
         assert "SystemExit" in health["text"]
         assert served.post("/edit", body).status_code == 503
+
+
+def part(disposition: str) -> bytes:
+    return f"--XX\r\n{disposition}\r\n\r\n".encode() + encode_png(grey()) + b"\r\n--XX--\r\n"
+
+
+@pytest.mark.parametrize(
+    "form, boundary",
+    [
+        (part('Content-Disposition: form-data; name="files"'), "XX"),
+        (part('Content-Disposition: form-data; name="files"; filename=""'), "XX"),
+        (part("Content-Disposition: form-data; name=\"files\"; filename*=UTF-8''x.png"), "XX"),
+        (part('Content-Disposition: form-data; name="files"; filename=".."'), "XX"),
+        (part('Content-Disposition: form-data; name="files"; filename="a/.."'), "XX"),
+        (part('Content-Disposition: form-data; name="others"; filename="a.png"'), "XX"),
+        (b"{}", "X" * 5000),
+    ],
+    ids=["no name", "empty name", "encoded name", "dots", "path of dots", "other field", "long boundary"],
+)
+def test_a_form_that_is_no_upload_is_refused_in_a_sentence_and_leaves_no_file(served, form, boundary):
+    before = sorted(served.folder.rglob("*"))
+    url, headers = f"{served.url}/gradio_api/upload", {"content-type": f"multipart/form-data; boundary={boundary}"}
+    answer = served.client.post(url, content=form, headers=headers)
+    assert answer.status_code == 400 and len(answer.text) > 30, answer.text
+    assert sorted(served.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "body, status",
+    [
+        ('{"data": [], "fn_index": -1}', 404), ('{"data": [], "fn_index": 9999}', 404), ('{"data": [], "fn_index": 1e9}', 404),
+        ('{"data": [], "fn_index": true}', 404), ('{"data": null}', 400), ('{"data": {}}', 400), ("[]", 400),
+        ('{"data": [NaN]}', 400), ('{"data": ["\\ud800"]}', 400), ('{"data": [1e999]}', 400),
+    ],
+)  # fmt: skip
+def test_an_event_that_is_none_is_refused_before_gradio_fails_on_it(served, body, status):
+    for path in ("call/edit", "run/edit", "api/edit"):
+        answer = served.post(f"/gradio_api/{path}", content=body.encode())
+        assert answer.status_code == status and answer.json()["error"], (path, answer.text)
+    assert served.post("/gradio_api/queue/join", content=body.encode()).status_code in (400, 404)
+    assert served.post("/gradio_api/call/nothing", {"data": []}).status_code == 404
+
+
+@pytest.mark.parametrize("value", ["/etc/passwd", ["/etc/passwd"], 1e308, "data:image/png;base64,AAAA", True])
+def test_a_value_that_is_no_picture_is_refused_in_a_sentence(served, value):
+    assert "It takes: Image" in served.call([value, "keep it", *SETTINGS])
+    assert "It takes: Image" in served.post("/gradio_api/run/edit", {"data": [value, "keep it", *SETTINGS]}).text
