@@ -278,6 +278,7 @@ def _attacks(path: Path, result: dict) -> str:
         return ", ".join(f"{count:,} times {status}" for status, count in sorted(found.items()))
 
     load, videos, bystander, memory = (result[name] for name in ("load", "videos", "bystander", "memory_mb"))
+    waits = ", ".join(f"{seconds:g} s for `{path}`" for path, seconds in bystander["worst_s"].items())
     served = {"live views": load["live"], "posting clients": load["posting"]}
     rows = {
         f"{result['schemathesis']['cases']:,} requests that schemathesis invented": f"{len(result['schemathesis']['failures'])} rounds with a failure",
@@ -287,7 +288,7 @@ def _attacks(path: Path, result: dict) -> str:
         "the load: " + ", ".join(f"{group['clients']} {name}" for name, group in served.items()): ", ".join(
             f"{group['frames']:,} frames of {name}" for name, group in served.items()
         ),
-        f"a bystander, {bystander['asked']:,} times": f"waited at most {bystander['worst_s']:g} s; {statuses(bystander['statuses'])}",
+        f"a bystander, {bystander['asked']:,} times": f"waited at most {waits}; {statuses(bystander['statuses'])}",
         "memory of the server and its processes": f"{memory['before']} MB before, {memory['after']} MB after, at most {memory['most']} MB",
     }
     found = f"{len(result['complaints'])} complaints" if result["complaints"] else "No answer was a 5xx that is not promised"

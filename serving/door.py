@@ -19,17 +19,19 @@ import collections
 import logging
 import os
 import re
+import reprlib
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from urllib.parse import parse_qs
 
-from starlette.requests import HTTPConnection
+from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.responses import JSONResponse
 from starlette.websockets import WebSocketClose
 
 from pipeline.images import EditError
-from serving.access import Guard, Refusal, crosses_sites
+from serving.access import Guard, Refusal, crosses_sites, read_json
 from serving.connections import address_of
 from serving.json_bounds import check_json, check_values, count_values
 
@@ -113,6 +115,14 @@ class Door:
                     body = {"detail": "Not authenticated", "error": str(refusal), "kind": refusal.kind}
                     response = JSONResponse(body, 401)
                 await response(scope, receive, send)
+        except ClientDisconnect:
+            log.info("%s: the sender left", path)  # no answer, and no traceback: anyone can leave any number of times
+        except Exception:
+            if started:
+                raise
+            log.exception("%s %s failed", scope.get("method"), path)
+            text = "The server failed on this request; its log says why."
+            await Refusal(500, text, kind="failed").response()(scope, receive, send)
 
     # -- the questions
 
@@ -156,8 +166,8 @@ class Door:
 
     # -- bodies
 
-    async def _read(self, receive, most: int, *, json: bool = False):
-        """The whole body, bounded; returns a `receive` that gives it."""
+    async def _read(self, receive, most: int, *, json: bool = False, check: Callable[[dict], None] | None = None):
+        """The whole body, bounded; returns a `receive` that gives it. `check` is given the object that its JSON is."""
         chunks, size, values = [], 0, 0
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
@@ -180,6 +190,8 @@ class Door:
         body = b"".join(chunks)
         if json:
             await asyncio.to_thread(check_json, body) if size > 2**20 else check_json(body)
+            if check is not None:  # at most MAX_BODY_BYTES
+                check(read_json(body))
         given = False
 
         async def again():
@@ -230,10 +242,11 @@ class Door:
         mcp = path.startswith(f"{API}/mcp")
         if re.fullmatch(f"{API}/({CALLS})", path) or mcp:
             with self._one_of(self._calls, address, MAX_CALLS, "uploads and calls"):
-                receive = await self._read(receive, MAX_MCP_BYTES if mcp else MAX_BODY_BYTES, json=True)
+                most, check = (MAX_MCP_BYTES, None) if mcp else (MAX_BODY_BYTES, partial(self._check_event, path))
+                receive = await self._read(receive, most, json=True, check=check)
                 await self._app(scope, receive, send)
             return
-        receive = await self._read(receive, MAX_BODY_BYTES, json=True)
+        receive = await self._read(receive, MAX_BODY_BYTES, json=True, check=partial(self._check_event, path))
         if re.fullmatch(f"{API}/({QUEUE})", path):
             own = sum(address_of(e.request.client) == address for e in self._events().values() if e.request is not None)
             if own >= MAX_EVENTS:
@@ -244,6 +257,20 @@ class Door:
             if self._reaper is None or self._reaper.done():
                 self._reaper = asyncio.create_task(self._reap())
         await self._app(scope, receive, send)
+
+    def _check_event(self, path: str, body: dict) -> None:
+        """Raises a Refusal unless it names an event of the page and brings it a list: on others Gradio fails."""
+        if not re.fullmatch(f"{API}/({QUEUE}|run/[^/]+/?|api/[^/]+/?)", path):
+            return
+        events, index, name = self._blocks().fns, body.get("fn_index"), path.rstrip("/").rpartition("/")[2]
+        if index is None and not path.rstrip("/").endswith("queue/join"):
+            known = any(event.api_name == name for event in events.values())
+        else:
+            known = type(index) is int and index in events
+        if not known:
+            raise Refusal(404, f"The page has no event {reprlib.repr(name if index is None else index)}.")
+        if "/call/v2/" not in path and not isinstance(body.get("data"), list):
+            raise EditError(f'An event takes {{"data": [...]}}. Its data here is {reprlib.repr(body.get("data"))}.')
 
     async def _stream(self, address: str, scope, receive, send) -> None:
         match = LISTEN.fullmatch(scope["path"])

@@ -18,7 +18,7 @@ GOOD = {
     "videos": {"sent": 120, "edited": 80, "refused": 40, "unexplained": []},
     "load": {"unexpected": {}, "live": {"clients": 16, "frames": 9000}, "posting": {"clients": 8, "frames": 4000}},
     "hostile": {"sent": 600, "statuses": {"scans: 400": 300, "keys: ReadTimeout": 200, "keys: 503": 100}},
-    "bystander": {"asked": 5000, "worst_s": 1.5, "over_5_s": 0, "statuses": {"200": 4990, "503": 10}},
+    "bystander": {"asked": 5000, "worst_s": {"/health": 0.4, "/edit": 1.5}, "over_5_s": 0, "statuses": {"200": 4990, "503": 10}},
     "memory_mb": {"before": 900, "after": 950, "most": 2500},
     "complaints": [],
 }  # fmt: skip
@@ -32,7 +32,7 @@ GOOD = {
         ("hostile", {"statuses": {"scans: 500": 1}}, "scans: 500"),
         ("bystander", {"statuses": {"500": 1}}, "500"),
         ("bystander", {"statuses": {"ReadTimeout": 1}}, "ReadTimeout"),
-        ("bystander", {"over_5_s": 1, "worst_s": 7.0}, "7.0 s"),
+        ("bystander", {"over_5_s": 1, "worst_s": {"/health": 7.0}}, "7.0"),
         ("memory_mb", {"after": 1100}, "memory"),
         ("load", {"unexpected": {"500: oh": 3}}, "500: oh"),
         ("videos", {"unexplained": ["3: ''"]}, "video"),
@@ -48,7 +48,7 @@ def test_the_table_says_what_was_sent_and_what_came_of_it(tmp_path):
     assert attack_counts(tmp_path) == ""
     (tmp_path / "attacks-x.json").write_text(json.dumps(GOOD))
     text = attack_counts(tmp_path)
-    assert "6,100 requests" in text and "waited at most 1.5 s" in text and "80 edited, 40 refused" in text
+    assert "6,100 requests" in text and "waited at most 0.4 s for `/health`, 1.5 s for `/edit`" in text and "80 edited, 40 refused" in text
     assert "complaints" not in text
     (tmp_path / "attacks-x.json").write_text(json.dumps(GOOD | {"complaints": ["one"]}))
     assert "1 complaints" in attack_counts(tmp_path)

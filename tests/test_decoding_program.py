@@ -139,7 +139,7 @@ def test_an_upload_that_its_sender_gives_up_leaves_nothing(page):
     address, folder = page
     before = files(folder)
     host, port = address.split(":")
-    head = "POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\nContent-Length: 60000\r\n\r\n"
+    head = "POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\nContent-Length: 60000\r\n\r\n"
     part = '--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + "x" * 20000
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall((head + part).encode())

@@ -104,7 +104,8 @@ def test_an_unlocked_page_of_this_machine_answers_to_this_machines_names_only_on
 
 def test_no_page_of_another_site_can_make_the_browser_change_anything(served):
     for path in ("queue/join", "call/edit", "upload", "reset", "cancel", "run/predict", "component_server"):
-        for origin in ("https://evil.test", "null", f"http://127.0.0.1:{served.port + 1}"):
+        # Other pages of this machine may come where nothing is locked, and a name that begins like this machine's may not.
+        for origin in ("https://evil.test", "null", f"http://127.0.0.1.evil.test:{served.port}", "http://localhost@evil.test"):
             answer = served.post(f"/gradio_api/{path}", {}, origin=origin)
             assert answer.status_code == 403, (path, origin, answer.text)
     assert served.get("/logout", **{"sec-fetch-site": "cross-site"}).status_code == 403
@@ -234,7 +235,7 @@ def test_connections_that_send_no_whole_head_are_closed_and_leave_room_for_other
 def test_a_crowd_of_silent_connections_gives_way_to_one_that_asks(served, monkeypatch):
     monkeypatch.setattr(served.demo.server.config.http_protocol_class, "most", 40)
     silent = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(100)]
-    assert served.get("/ready").status_code == 200
+    assert httpx.get(f"{served.url}/ready").status_code == 200  # on a connection of its own: idle ones had to give way
     assert len(served.demo.server.server_state.connections) <= 20  # half of them for one address
     for one in silent:
         one.close()
@@ -374,3 +375,50 @@ def test_when_the_engines_thread_dies_every_caller_is_told_and_nothing_new_is_ta
         assert ready.status_code == 503 and ready.json()["state"] == health["state"] == "failed"
         assert "SystemExit" in health["text"]
         assert served.post("/edit", body).status_code == 503
+
+
+def part(disposition: str) -> bytes:
+    return f"--XX\r\n{disposition}\r\n\r\n".encode() + encode_png(grey()) + b"\r\n--XX--\r\n"
+
+
+@pytest.mark.parametrize(
+    "form, boundary",
+    [
+        (part('Content-Disposition: form-data; name="files"'), "XX"),
+        (part('Content-Disposition: form-data; name="files"; filename=""'), "XX"),
+        (part("Content-Disposition: form-data; name=\"files\"; filename*=UTF-8''x.png"), "XX"),
+        (part('Content-Disposition: form-data; name="files"; filename=".."'), "XX"),
+        (part('Content-Disposition: form-data; name="files"; filename="a/.."'), "XX"),
+        (part('Content-Disposition: form-data; name="others"; filename="a.png"'), "XX"),
+        (b"{}", "X" * 5000),
+    ],
+    ids=["no name", "empty name", "encoded name", "dots", "path of dots", "other field", "long boundary"],
+)
+def test_a_form_that_is_no_upload_is_refused_in_a_sentence_and_leaves_no_file(served, form, boundary):
+    before = sorted(served.folder.rglob("*"))
+    url, headers = f"{served.url}/gradio_api/upload", {"content-type": f"multipart/form-data; boundary={boundary}"}
+    answer = served.client.post(url, content=form, headers=headers)
+    assert answer.status_code == 400 and len(answer.text) > 30, answer.text
+    assert sorted(served.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "body, status",
+    [
+        ('{"data": [], "fn_index": -1}', 404), ('{"data": [], "fn_index": 9999}', 404), ('{"data": [], "fn_index": 1e9}', 404),
+        ('{"data": [], "fn_index": true}', 404), ('{"data": null}', 400), ('{"data": {}}', 400), ("[]", 400),
+        ('{"data": [NaN]}', 400), ('{"data": ["\\ud800"]}', 400), ('{"data": [1e999]}', 400),
+    ],
+)  # fmt: skip
+def test_an_event_that_is_none_is_refused_before_gradio_fails_on_it(served, body, status):
+    for path in ("call/edit", "run/edit", "api/edit"):
+        answer = served.post(f"/gradio_api/{path}", content=body.encode())
+        assert answer.status_code == status and answer.json()["error"], (path, answer.text)
+    assert served.post("/gradio_api/queue/join", content=body.encode()).status_code in (400, 404)
+    assert served.post("/gradio_api/call/nothing", {"data": []}).status_code == 404
+
+
+@pytest.mark.parametrize("value", ["/etc/passwd", ["/etc/passwd"], 1e308, "data:image/png;base64,AAAA", True])
+def test_a_value_that_is_no_picture_is_refused_in_a_sentence(served, value):
+    assert "It takes: Image" in served.call([value, "keep it", *SETTINGS])
+    assert "It takes: Image" in served.post("/gradio_api/run/edit", {"data": [value, "keep it", *SETTINGS]}).text

@@ -9,6 +9,8 @@ POST /edit. As there, pictures come with the call: Gradio would fetch a picture'
 refuses that for every event.
 """
 
+import logging
+
 import gradio as gr
 
 from engine.fitting import at_output_size
@@ -24,6 +26,8 @@ from webui.parts import EDITS_AT_A_TIME, take_file
 from webui.uploads import check_files
 from webui.work import Jobs, Stopped, read_picture, run_edit, save_png, wait_for_engine
 
+log = logging.getLogger(__name__)
+
 MODES = ("references", "blend", "collage")
 
 
@@ -34,9 +38,13 @@ class Page(gr.Blocks):
         inputs = [with_own_files(value) for value in inputs]
         try:
             check_files(inputs)
+            return await super().preprocess_data(block_fn, inputs, state, explicit_call)
         except EditError as error:
             raise gr.Error(str(error), print_exception=False) from None
-        return await super().preprocess_data(block_fn, inputs, state, explicit_call)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:  # the caller's values, read by Gradio
+            log.info("an event's values cannot be read: %s: %s", type(error).__name__, error)
+            wanted = ", ".join(type(block).__name__ for block in block_fn.inputs)
+            raise gr.Error(f"The {len(inputs)} values do not fit this event. It takes: {wanted}.", print_exception=False) from None
 
     async def postprocess_data(self, block_fn, predictions, state):
         try:  # Gradio copies each file that an event answers

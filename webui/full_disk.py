@@ -1,15 +1,17 @@
-"""Uploads when the disk is full: a sentence for the sender, and nothing left behind.
+"""Uploads that fail, on a full disk or by what was sent: a sentence for the sender, and nothing left behind.
 
-Gradio deletes the temporary files of an upload when its form is malformed or too large. When writing them fails, or the
-sender leaves in the middle, they stay, and a disk that is full stays full. Its parser is therefore replaced by one that
-deletes them whatever went wrong.
+Gradio deletes the temporary files of an upload when its form is malformed or too large. When writing them fails, when the
+sender leaves in the middle, or when a part is no file or has a name that no file can have, they stay, and a disk that is
+full stays full. Its parser is therefore replaced by one that looks at the parts and deletes them whatever went wrong.
 """
 
 import contextlib
 import errno
+import reprlib
 from pathlib import Path
 
 from gradio import route_utils
+from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
@@ -25,13 +27,26 @@ def disk_full(error: OSError) -> str:
 class _Parser(route_utils.GradioMultiPartParser):
     async def parse(self):
         try:
-            return await super().parse()
-        except BaseException:
+            form = await super().parse()
+            for name, part in form.multi_items():
+                _check_part(name, part)
+            return form
+        except BaseException as error:
             for file in self._files_to_close_on_error:
                 with contextlib.suppress(OSError):  # closing writes what is still in memory, which fails again
                     file.close()
                 Path(file.name).unlink(missing_ok=True)
+            if isinstance(error, (ValueError, LookupError, TypeError, AssertionError)):  # of the form's bytes
+                raise MultiPartException(f"The upload is not a form that can be read ({error}).") from None
             raise
+
+
+def _check_part(name: str, part) -> None:
+    """Raises MultiPartException, which Gradio answers as 400, unless it is a file to be stored."""
+    if name != "files" or not isinstance(part, route_utils.GradioUploadFile):
+        raise MultiPartException(f"The form has {reprlib.repr(name)} in it. Allowed: files, under the name 'files'.")
+    if Path(part.filename or "").name in ("", ".."):
+        raise MultiPartException(f"A file is named {reprlib.repr(part.filename)}. Send it under a name of its own.")
 
 
 def handle_full_disk() -> dict:
