@@ -234,7 +234,8 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     """What the module computes in, as stock's `dtype` has it: with casting hooks not what the weights are stored in."""
     for layer in module.modules():  # as a rule the first layer with weights tells; stock's `dtype` walks through all of them
         weight = next((p for p in layer._parameters.values() if p is not None), None)
-        if "_diffusers_hook" in vars(layer) or (weight is not None and weight.dtype not in _PLAIN_DTYPES):
+        # (Stock's cache context leaves a registry without hooks on the model: it casts nothing.)
+        if getattr(vars(layer).get("_diffusers_hook"), "hooks", None) or (weight is not None and weight.dtype not in _PLAIN_DTYPES):
             return get_parameter_dtype(module)
         if weight is not None:
             return weight.dtype

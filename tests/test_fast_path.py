@@ -5,6 +5,7 @@ import torch
 
 import fast_path
 from fast_path.unsupported import UnsupportedError
+from fast_path.watch import dtype_of
 
 
 def test_apply_reports_and_remove_restores(pocket, photo):
@@ -99,3 +100,15 @@ def test_moving_the_pipeline_moves_the_fast_path(pocket):
     pocket.decode(torch.zeros(1, 4, 4 * pocket.latent_channels), 32, 32)
     assert pocket.single_frame_vae is not None and pocket.single_frame_vae is not before
     pocket.disable_fast_path()
+
+
+def test_the_dtype_is_told_by_the_first_weight_also_where_stock_left_an_empty_registry_of_hooks(pocket, monkeypatch):
+    model = pocket.transformer
+    with model.cache_context("cond"):
+        pass
+    assert not model._diffusers_hook.hooks
+    monkeypatch.setattr("fast_path.watch.get_parameter_dtype", lambda module: pytest.fail("every module was walked through: 12 ms"))
+    try:
+        assert dtype_of(model) is torch.float32
+    finally:
+        del model._diffusers_hook
