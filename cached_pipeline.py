@@ -205,7 +205,7 @@ class CachedQwenImageEditPipeline(StockCall, PromptReading, StockMethods):
         elif not is_whole(steps, 1, MAX_STEPS):
             raise EditError(f"The number of steps is {steps!r}. Allowed: 1 to {MAX_STEPS}.")
         device, scheduler = self._execution_device, self.scheduler
-        key = (scheduler, repr(scheduler.config), getattr(scheduler, "shift", None), steps, width, height, sigmas, device)
+        key = (scheduler, repr(scheduler.config), getattr(scheduler, "_shift", None), steps, width, height, sigmas, device)
         levels = (steps, sigmas, width, height, width * height // self._unit**2, device)
         return self._constant(key, lambda: schedule_of(scheduler, *levels))
 

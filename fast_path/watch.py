@@ -87,6 +87,7 @@ class Watch:
                 attributes.append((own, (*names, *({"training"} & own.keys()))))
             for name in names:
                 self._look_into(name, own[name], tables, lists, seen)
+        self._all, self._types = modules, list(map(type, modules))
         self._empty = [t for t in tables if not t]
         self._tables = [t for t in tables if t]
         self._sized = [*self._tables, *lists, *(vars(m) for m in modules if not _TRANSIENT & vars(m).keys())]
@@ -142,6 +143,7 @@ class Watch:
             return (
                 not any(self._empty)
                 and list(map(len, self._sized)) == self._sizes
+                and list(map(type, self._all)) == self._types
                 and all(map(operator.is_, itertools.chain.from_iterable(map(dict.values, self._tables)), self._members))
                 and all(map(operator.is_, values, self._values))
                 and self._read() == self._numbers

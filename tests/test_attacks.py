@@ -54,6 +54,7 @@ def test_the_table_says_what_was_sent_and_what_came_of_it(tmp_path):
     assert "1 complaints" in attack_counts(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow tells of some damage
 def test_flipped_pictures_are_damaged_and_not_all_of_them_beyond_reading():
     opened = refused = 0
     for kind, data in attacks.flipped_pictures(len(attacks.FORMATS) * 3):

@@ -80,7 +80,7 @@ def encoders(pipe):
     """What runs the vision tower, the language model and the VAE's encoder, on the stock path or the fast one."""
     if pipe.fused_text_encoder is not None:
         fused = pipe.fused_text_encoder
-        return {"vision": (fused, "see"), "language": (fused, "read"), "vae": (pipe.single_frame_vae, "encode_picture")}
+        return {"vision": (fused, "encode_image"), "language": (fused, "encode_text"), "vae": (pipe.single_frame_vae, "encode_picture")}
     model = pipe.text_encoder.model
     return {
         "vision": (model.visual, "forward"),

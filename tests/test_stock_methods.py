@@ -665,6 +665,8 @@ def test_a_changed_scheduler_setting_is_seen(plain):
 def test_copies_and_pickles_are_whole(fast, plain):
     import pickle
 
+    for module in fast.text_encoder.modules():  # what transformers leaves where an earlier test ran the stock model cannot be pickled
+        module._forward_hooks.clear()
     for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         assert (edit(other) - edit(plain)).abs().max() < TOLERANCE and other.fused_transformer is not None
         with torch.no_grad():
