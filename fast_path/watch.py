@@ -34,6 +34,8 @@ _ENDS = 12  # weights at either end that `in_place` asks: of the transformer tho
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # A video codec's memory of the frame before, new at every call.
 _TRANSIENT = {"_feat_map", "_conv_idx", "_conv_num", "_enc_feat_map", "_enc_conv_idx", "_enc_conv_num"}
+# What a model's first call leaves on it: that memory, and an empty registry of hooks.
+_LAZY = _TRANSIENT | {"_diffusers_hook"}
 _PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (nn.Module, type, torch.Tensor, types.FunctionType, types.MethodType, torch.dtype, torch.device)
 
@@ -90,7 +92,9 @@ class Watch:
         self._all, self._types = modules, list(map(type, modules))
         self._empty = [t for t in tables if not t]
         self._tables = [t for t in tables if t]
-        self._sized = [*self._tables, *lists, *(vars(m) for m in modules if not _TRANSIENT & vars(m).keys())]
+        self._sized = [*self._tables, *lists, *(vars(m) for m in modules[1:])]
+        self._root = vars(root)
+        self._of_root = self._read_root()
         self._sizes = list(map(len, self._sized))
         self._members = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
         self._own = [own for own, _ in attributes]
@@ -127,6 +131,9 @@ class Watch:
         elif name != "_hf_hook" and isinstance(getattr(value, "__dict__", None), dict):
             tables.append(vars(value))
 
+    def _read_root(self) -> tuple:
+        return self._root.keys() - _LAZY, list(getattr(self._root.get("_diffusers_hook"), "hooks", None) or ())
+
     def _read(self) -> tuple[list, list]:
         return [p._version for p in self._parameters], [p.data_ptr() for p in self._plain]
 
@@ -144,6 +151,7 @@ class Watch:
                 not any(self._empty)
                 and list(map(len, self._sized)) == self._sizes
                 and list(map(type, self._all)) == self._types
+                and self._read_root() == self._of_root
                 and all(map(operator.is_, itertools.chain.from_iterable(map(dict.values, self._tables)), self._members))
                 and all(map(operator.is_, values, self._values))
                 and self._read() == self._numbers

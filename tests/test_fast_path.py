@@ -112,3 +112,15 @@ def test_the_dtype_is_told_by_the_first_weight_also_where_stock_left_an_empty_re
         assert dtype_of(model) is torch.float32
     finally:
         del model._diffusers_hook
+
+
+def test_what_a_first_call_of_the_stock_models_leaves_on_them_is_no_change(photo):
+    from cached_pipeline import load_pipeline
+
+    pipe = load_pipeline("pocket")  # of its own: the session's was called before
+    before = {name: pipe.fast_path.look(pipe, name) for name in ("vae", "transformer")}
+    pipe(photo(64, 64), "keep", num_inference_steps=1, true_cfg_scale=1.0, width=64, height=64, reference_area="output")
+    assert "_diffusers_hook" in vars(pipe.transformer) and "_feat_map" in vars(pipe.vae)
+    assert {name: pipe.fast_path.look(pipe, name) for name in before} == before
+    pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    assert pipe.fast_path.look(pipe, "transformer") != before["transformer"]
