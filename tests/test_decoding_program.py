@@ -91,7 +91,8 @@ def test_nobody_waits_for_pictures_that_take_long_and_none_is_opened_for_one_who
         sender.join()
     began = time.monotonic()
     assert edit(server, saved(photo(900, 700), "TIFF")).status_code == 200, "the one behind all of theirs"
-    assert time.monotonic() - began < LONGEST_S, "theirs were opened to their end"
+    # Opened to their end, its bound of 4 s of a processor each, the eight would take half a minute.
+    assert time.monotonic() - began < 2 * LONGEST_S, "theirs were opened to their end"
 
 
 def test_the_memory_of_large_pictures_is_given_back(server):
