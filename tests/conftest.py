@@ -1,6 +1,7 @@
 """Shared fixtures and marks. The suite runs on the embedded model: real classes, small weights, no network, no GPU."""
 
 import copy
+import faulthandler
 import os
 import re
 
@@ -38,6 +39,11 @@ def pytest_collection_modifyitems(config, items):
         long = {item for item in items if item.get_closest_marker("endurance")}
         config.hook.pytest_deselected(items=list(long))
         items[:] = [item for item in items if item not in long]
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("endurance"):  # may take longer than the limit of pyproject.toml
+        faulthandler.cancel_dump_traceback_later()
 
 
 # Pictures and models -----------------------------------------------------------------------------------------------------

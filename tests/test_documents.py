@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/**/*.md")) if "node_modules" not in path.parts)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 

@@ -1,6 +1,5 @@
 """8-bit attention: its definition against attention in float32, and its kernels without a GPU."""
 
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +17,6 @@ from fp8_linear import Fp8Linear
 from int8_linear import Int8Linear
 from pipeline.images import EditError
 from quantization.swap import swap_linears
-
-ROOT = Path(__file__).parent.parent
 
 
 def given(rows: int, heads: int, width: int) -> tuple:

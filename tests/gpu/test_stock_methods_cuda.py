@@ -3,9 +3,9 @@
 import copy
 
 import pytest
-import test_stock_methods as methods
 import torch
 from diffusers import QwenImageEditPlusPipeline
+from support import stock_changes as methods
 
 import fast_path
 from cached_pipeline import load_pipeline

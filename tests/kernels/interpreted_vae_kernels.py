@@ -4,15 +4,15 @@ Not collected by itself: TRITON_INTERPRET=1 has to be set before Triton is impor
 """
 
 import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support import ROOT
 
 # By its path: the package would import diffusers too.
 _spec = importlib.util.spec_from_file_location(
-    "vae_kernels", Path(__file__).resolve().parent.parent / "fast_path" / "vae_kernels.py"
+    "vae_kernels", ROOT / "fast_path" / "vae_kernels.py"
 )
 kernels = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(kernels)

@@ -1,13 +1,13 @@
 """The embedded model is what the card says: complete, small, stock-loadable, and it follows instructions."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from skimage import data
+from support import ROOT
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from pipeline.images import fit
@@ -15,7 +15,7 @@ from pocket_model.build import template_prefix
 from pocket_model.edits import EDITS, split
 from pocket_model.evaluate import BAR_NEAREST, BAR_PSNR_DB, BAR_VAE_DB, edit_picture, psnr, reconstruct, tensor
 
-FOLDER = Path(__file__).parent.parent / "pocket_model"
+FOLDER = ROOT / "pocket_model"
 WEIGHTS = FOLDER / "weights"
 # These photographs come with scikit-image and were never trained on (see sources.json).
 PHOTOS = {"astronaut": data.astronaut, "coffee": data.coffee, "chelsea": data.chelsea}

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 from skimage import data
+from support import ROOT
 from support.models import KINDS, same_weights, sqnr_db
 from torch import nn
 
@@ -33,7 +34,6 @@ from quantization.pair import QuantizedPair
 from quantization.rows import Quantized, rotate
 from quantization.swap import swap_linears as swap_to_kind
 
-ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "pocket_model" / "weights"
 
 def linear(inputs=512, outputs=256, bias=True, seed=0) -> nn.Linear:

@@ -15,11 +15,11 @@ import httpx
 import pytest
 from gradio_client import Client, exceptions, handle_file
 from PIL import Image
+from support import ROOT
 from support.hostile_pictures import photo, repeated_scans, saved
 from support.http import Browser, b64, wait_until
 from support.pictures import grey
 
-ROOT = Path(__file__).resolve().parent.parent
 LONGEST_S = 5.0  # that a bystander may wait
 MOST_KEPT = 100 * 2**20  # bytes of memory, after large pictures
 FILE_KB = 64  # the largest file that the page's program may write: as a full disk, without one

@@ -13,11 +13,11 @@ import random
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import httpx
 import pytest
 from PIL import Image, ImageSequence
+from support import ROOT
 from support.http import b64, serving
 from support.pictures import grey
 
@@ -180,7 +180,7 @@ def test_schemathesis_finds_nothing_that_the_document_does_not_promise(address, 
     ]  # fmt: skip
     environment = os.environ | {
         "SCHEMATHESIS_HOOKS": "support.schemathesis_hooks",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": str(ROOT / "tests"),
         "NO_PROXY": "127.0.0.1",
     }
     run = subprocess.run(command, capture_output=True, text=True, timeout=60 + 2 * examples, env=environment, cwd=tmp_path)

@@ -6,16 +6,15 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import httpx
 import pytest
+from support import ROOT
 from support.http import PATIENCE_S, b64, wait_until
 from support.pictures import grey
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 5.0
 LARGE = {"image": b64(grey(128, 512, 512)), "prompt": "keep it", "width": 512, "height": 512, "steps": 8}
 

@@ -5,10 +5,10 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import httpx
 import pytest
+from support import ROOT
 from support.http import Browser, b64, wait_until
 from support.pictures import grey
 
@@ -16,7 +16,6 @@ from pipeline.images import open_image
 from server import main
 from serving.startup import KEY_VARIABLE
 
-ROOT = Path(__file__).resolve().parent.parent
 KEY = "k3y-of-the-house"
 
 

@@ -12,6 +12,7 @@ import pytest
 import support.http as http_side
 from PIL import Image
 from playwright.sync_api import expect
+from support import ROOT
 from support.page import CUT, UNNAMED, await_frames, launch_browser, live, pixels
 
 from benchmarks.live_view import (
@@ -34,7 +35,7 @@ from server import EngineHolder
 from serving.live import Beat
 from webui.work import save_png, settings_inside
 
-LIVE = Path(__file__).resolve().parent.parent / "webui" / "live"
+LIVE = ROOT / "webui" / "live"
 SIDE = 256
 FAST = Line(up_mbit=1000, down_mbit=1000, round_trip_ms=0)
 # A busy test machine has both cores taken; the bars of the benchmark are 25 frames a second and 200 ms.

@@ -9,8 +9,8 @@ import sys
 
 import httpx
 import pytest
+from support import ROOT
 from support.http import b64, handshake_status, wait_until
-from support.page import ROOT
 from support.pictures import answer, held_out, psnr_db
 
 from pipeline.images import encode_jpeg, open_image

@@ -19,8 +19,8 @@ from playwright.sync_api import Browser, Page, expect
 from benchmarks.live_view import CHROMIUM, CHROMIUM_FLAGS
 from pipeline.images import open_image
 from pocket_model.edits import preset_prompts
+from support import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PRESETS = dict(preset_prompts())  # label -> prompt
 PATIENCE_S = 90  # no claim: only how long a broken page may hang before the test fails
 

@@ -10,6 +10,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from support import ROOT
 from support.http import StubPipeline, serving
 
 from pipeline.images import EditError, encode_png
@@ -23,7 +24,6 @@ from webui.work import Job, Jobs, Stopped, read_picture, run_edit, save_png, set
 from webui.zero import ONE_AT_A_TIME, ZeroEngine
 from webui_realtime import create_demo, parse_args
 
-ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 20  # no claim: only how long broken code may hang before the test fails
 
 
