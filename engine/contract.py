@@ -38,7 +38,9 @@ class Pipeline(Protocol):
     device: torch.device
     default_size: int  # side in pixels of a square with the area of a result whose size is left open
     description: dict[str, Any]  # for people and `/health`; "model" is its name
-    fast_path: Any  # None, or an object whose `report` is a list of NamedTuples (name, applied, reason)
+    # None, or an object whose `report` is a list of NamedTuples (name, applied, reason), and whose `look_every_s` the engine sets:
+    # seconds within which a change of the model by other hands may stay unseen.
+    fast_path: Any
     fused_transformer: Any  # None if `token_cache` would raise
 
     def enable_fast_path(self) -> list[tuple[str, bool, str]]:

@@ -35,6 +35,8 @@ from engine.statistics import Statistics
 from engine.streams import Stopwatch
 from pipeline.images import EditError
 
+LOOK_EVERY_S = 0.5
+
 logger = logging.getLogger(__name__)
 
 
@@ -103,12 +105,23 @@ class Loop:
         finally:
             self._ready.set()
         try:
+            self._look_every(LOOK_EVERY_S)
             while self._serve_next():
                 pass
         except BaseException as error:  # SystemExit from a library, memory at an end: no one would answer any more
             logger.critical("the inference thread died", exc_info=error)
             self.tail = None
             self._sessions.fail(f"The engine has stopped: {type(error).__name__}: {error}. Restart the program.")
+        finally:
+            self._look_every(0.0)
+
+    def _look_every(self, seconds: float) -> None:
+        """How often the fast path looks whether its modules were changed: each look at a full-size model takes milliseconds.
+
+        While the engine runs it owns the pipeline, and changes the model only by methods that tell the fast path.
+        """
+        if self._pipeline.fast_path is not None:
+            self._pipeline.fast_path.look_every_s = seconds
 
     def _tell_fast_path(self) -> None:
         """If the fast path's report has changed since the start (it left a part out), the description says so."""

@@ -11,6 +11,7 @@ report says why. So a result is the plain path's whatever was done to the pipeli
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -54,12 +55,22 @@ class FastPath:
         self.report: list[Applied] = []
         self.keep_weights = False  # somebody else holds the components: their weights stay where they are
         self.held = 0  # while above 0, the pipeline changes weights itself and tells the parts
+        self.look_every_s = 0.0  # who owns the pipeline for a while, and changes it by its own methods, may ask for fewer looks
         self.components = {component: watch.Component() for component in PARTS.values()}
         self._built: dict[str, tuple] = {}  # component: the state that its part was built for, or refused in
+        self._looked_monotonic: dict[str, float] = {}  # the last look at each component, in seconds
         self._away: dict[str, watch.Away] = {}
 
     def look(self, pipeline, component: str) -> tuple:
-        """The state of a component, for a cache's key; its part is in use afterwards, or not, as that state allows."""
+        """The state of a component, for a cache's key; its part is in use afterwards, or not, as that state allows.
+
+        Within `look_every_s` of the last look only the component's identity and the place of its outermost weights count.
+        """
+        now = time.monotonic()
+        recent = now - self._looked_monotonic.get(component, -math.inf) < self.look_every_s
+        if recent and (state := self._known(pipeline, component)) is not None:
+            return state
+        self._looked_monotonic[component] = now
         module = getattr(pipeline, component, None)
         version = self.components[component].look(module)
         state = (version, self._autocast(pipeline._execution_device.type))
@@ -72,7 +83,7 @@ class FastPath:
         """`run(state)`, where `state` is as from `look`. On a GPU the look comes behind the run, while the GPU computes what
         that asked for; in the rare case that something had changed, what it gave is dropped and it runs again.
         """
-        state = self._known(pipeline, component)
+        state = self._known(pipeline, component) if pipeline._execution_device.type == "cuda" else None
         if state is None:
             return run(self.look(pipeline, component))
         try:
@@ -85,12 +96,12 @@ class FastPath:
         return result if now == state else run(now)
 
     def _known(self, pipeline, component: str) -> tuple | None:
-        """The state of the last look, if a part that runs on a GPU is in use for it, and nothing says at a glance that it is over."""
+        """The state of the last look, if a part is in use for it and nothing says at a glance that it is over."""
         state, name = self._built.get(component), next(n for n, c in PARTS.items() if c == component)
-        if state is None or self.held or getattr(pipeline, name) is None or pipeline._execution_device.type != "cuda":
+        if state is None or self.held or getattr(pipeline, name) is None:
             return None
         unchanged = self.components[component].glance(getattr(pipeline, component, None))
-        return state if unchanged and state[1] == self._autocast("cuda") else None
+        return state if unchanged and state[1] == self._autocast(pipeline._execution_device.type) else None
 
     @staticmethod
     def _autocast(device_type: str) -> torch.dtype | None:

@@ -1,11 +1,15 @@
 """The accelerations give the stock numbers; only rounding may differ."""
 
+import copy
+
 import pytest
 import torch
 
 import fast_path
+from engine.loop import LOOK_EVERY_S
 from fast_path.unsupported import UnsupportedError
 from fast_path.watch import dtype_of
+from qwen_realtime import RealtimeEngine
 
 
 def test_apply_reports_and_remove_restores(pocket, photo):
@@ -124,3 +128,34 @@ def test_what_a_first_call_of_the_stock_models_leaves_on_them_is_no_change(photo
     assert {name: pipe.fast_path.look(pipe, name) for name in before} == before
     pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
     assert pipe.fast_path.look(pipe, "transformer") != before["transformer"]
+
+
+def test_an_owner_of_the_pipeline_may_ask_for_whole_looks_now_and_then_and_a_glance_comes_always(pocket_copy, monkeypatch):
+    pipe, clock, looks = pocket_copy(), [0.0], []
+    monkeypatch.setattr(fast_path.time, "monotonic", lambda: clock[0])
+    pipe.enable_fast_path()
+    state, component = pipe.fast_path, pipe.fast_path.components["transformer"]
+    look = component.look
+    monkeypatch.setattr(component, "look", lambda module: looks.append(clock[0]) or look(module))
+    state.look_every_s = 0.5
+    for clock[0] in (200.0, 200.1, 200.4, 200.5, 200.9):
+        state.look(pipe, "transformer")
+    assert looks == [200.0, 200.5]
+    built = pipe.fused_transformer
+    with torch.no_grad():
+        pipe.transformer.transformer_blocks[0].img_mod[1].weight.mul_(1.5)
+    state.look(pipe, "transformer")
+    assert pipe.fused_transformer is built, "a change in the middle is seen with the next whole look"
+    clock[0] = 201.0
+    state.look(pipe, "transformer")
+    assert pipe.fused_transformer not in (None, built)
+    built, pipe.transformer = pipe.fused_transformer, copy.deepcopy(pipe.transformer)
+    state.look(pipe, "transformer")
+    assert pipe.fused_transformer not in (None, built), "another object is seen at once"
+
+
+def test_an_engine_looks_twice_a_second_and_hands_the_pipeline_back_as_it_was(pocket_copy):
+    pipe = pocket_copy()
+    with RealtimeEngine(pipe):
+        assert pipe.fast_path.look_every_s == LOOK_EVERY_S <= 0.5
+    assert pipe.fast_path.look_every_s == 0.0
