@@ -112,7 +112,7 @@ class CachedQwenImageEditPipeline(StockCall, PromptReading, StockMethods):
         prompt_embeds_mask: torch.Tensor | None = None,
         max_sequence_length: int = 1024,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The prompt as the vision-language model reads it beside the references: (B, L, D) and a mask (B, L) or None.
+        """The prompt as the vision-language model reads it with the references: (B, L, D) and a mask (B, L) or None.
 
         `image` are references of any size (None: text alone); they are brought to about 384x384 here. B is the number
         of prompts or of pictures in a slot; one of either serves all rows. The mask is None if no row is padded.

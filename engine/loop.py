@@ -133,7 +133,7 @@ class Loop:
 
     def _why_overlap(self) -> str:
         if self.overlap:
-            return "encode of the next frame and decode of the last run beside the denoise"
+            return "encode of the next frame and decode of the last run while the denoise runs"
         if not self._config.pipelining:
             return "turned off"
         return f"a device of the kind {self.device.type} does one thing at a time"

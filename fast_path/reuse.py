@@ -3,15 +3,15 @@
 A transformer step costs what its rows cost: at 512x512, 1024 rows of noise, as many of each reference, some 220 of text. From one
 frame of a stream to the next most of the reference's tokens are what they were. Two approximations follow:
 - within a frame, the references' keys and values of the first step serve the later steps. They depend on the time and on
-  the noise tokens only through what they heard of them;
+  the noise tokens only through their attention to them;
 - from frame to frame, a token that did not change keeps its keys, its values and its velocity at every step. Only changed
   tokens are rows, of the noise and of the references; they attend to everything, new or kept. With the same noise a kept
   velocity gives the same latents, so a still region stays still to the bit. Text keeps its keys and values as long as the
   very embeddings stay; new ones are rows again.
 
-This is not exact: what is kept has not heard of what changed elsewhere. So the number of rows is rounded up, and the
-spare places go to the neighbours of what changed, over which the VAE and the model look, then to all others, those first
-that were computed longest ago: nothing gets old for ever, and few shapes are recorded. (With 30 % changed this computes 31 %
+This is not exact: a cached token has not attended to what changed elsewhere. So the number of rows is rounded up, and the
+padding goes to the neighbours of what changed, over which the VAE and the model look, then to all others, those first
+that were computed longest ago: staleness is bounded, and few shapes are recorded. (With 30 % changed this computes 31 %
 of the tokens at 512x512. What it costs in dB is in the README's table.)
 
 A CUDA graph is recorded for each number of rows. When it first comes that stalls the stream by 150 to 250 ms on an H200.
@@ -82,9 +82,9 @@ class TokenCache:
         """Forgets all and frees its memory: the next frame computes everything."""
         self._graphs.clear()
         self._key = self._times = self._embeds = self._changed = self._kept = self._velocities = None
-        self._whole = False  # whether all that is kept is of one frame or another, none of a frame that broke off
+        self._whole = False  # whether every cached token is of a frame that was completed
         self._sample: Sample | None = None  # the last frame's at its first step, if it computed a part
-        self._places: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # as a recording of so many units has them
+        self._places: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # for a recording of N units: N is the key
         self._wanted = self._since_recorded = self._recordings_seen = 0
         self.computed = np.zeros((0, 0), bool)
 
@@ -97,13 +97,13 @@ class TokenCache:
         """How often a CUDA graph was recorded."""
         return self._graphs.recordings
 
-    def begin(self, changed: np.ndarray | None, beside: np.ndarray | None = None) -> None:
+    def begin(self, changed: np.ndarray | None, neighbours: np.ndarray | None = None) -> None:
         """Before each frame: bool (rows, columns) of the output's tokens, those that changed since they were last computed.
 
-        None if that is not known, or if anything else has changed: the frame then computes all of them. `beside`, those
-        next to changed ones, come first where places are spare, in this frame or later.
+        None if that is not known, or if anything else has changed: the frame then computes all of them. `neighbours`, those
+        next to changed ones, come first where the rows are padded, in this frame or later.
         """
-        self._changed, self._beside = changed, beside
+        self._changed, self._neighbours = changed, neighbours
 
     @torch.no_grad()
     def velocity(self, sample: Sample, step: int) -> torch.Tensor:
@@ -136,13 +136,13 @@ class TokenCache:
             chosen = np.ones(count, bool)
         else:
             chosen = changed.reshape(-1).copy()
-            if self._beside is not None:
-                self._due |= self._beside.reshape(-1)
+            if self._neighbours is not None:
+                self._pending |= self._neighbours.reshape(-1)
             least, unit = int(chosen.sum()), _unit(count)
             self._wanted = max(1, -(-least // unit))
             units = served_by(self._wanted, -(-count // unit), partial(self._is_recorded, sample, not same))
             wanted = min(count, units * unit)
-            age = np.where(chosen, -1, self._age + self._due * (int(self._age.max()) + 1))
+            age = np.where(chosen, -1, self._age + self._pending * (int(self._age.max()) + 1))
             chosen[np.argsort(-age, kind="stable")[: wanted - least]] = True
         whole = bool(chosen.all())
         self._with_text = whole or not same
@@ -151,7 +151,7 @@ class TokenCache:
             self._recordings_seen, self._since_recorded = self.recordings, 0
         self._since_recorded += 1
         self._embeds = given  # held, so that its memory is not given to other embeddings
-        self._age, self._due = np.where(chosen, 0, self._age + 1), self._due & ~chosen
+        self._age, self._pending = np.where(chosen, 0, self._age + 1), self._pending & ~chosen
         self.computed = chosen.reshape(rows, columns)
         tokens = np.flatnonzero(chosen)
         conditions = np.arange(sample.conditions.shape[1])
@@ -169,13 +169,13 @@ class TokenCache:
         self._velocities = [torch.zeros_like(sample.latents) for _ in sample.times]
         count = sample.latents.shape[1]
         self._age = np.zeros(count, int)
-        self._due = np.zeros(count, bool)  # beside a change, and not computed since
+        self._pending = np.zeros(count, bool)  # next to a change, and not computed since
         self._key = key
 
     # Recording
 
     def _blank(self, sample: Sample, units: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Some places of so many units, among the noise's tokens and among the references'."""
+        """Indices of some tokens for a recording of this many units, among the noise's tokens and among the references'."""
         if units not in self._places:
             count, device = sample.latents.shape[1], self._fused.device
             tokens = torch.arange(min(count, units * _unit(count)), device=device)
@@ -227,7 +227,7 @@ class TokenCache:
 
 
 def _unit(count: int) -> int:
-    """Tokens in a unit, of so many."""
+    """How many of `count` tokens make a unit."""
     return max(1, count // BUCKETS)
 
 
@@ -256,20 +256,20 @@ def _step(
     """One forward over the rows that are computed: chosen tokens of the noise, at the first step of the references too.
 
     kept: of each step (L, 2, S, H, d), text first, then noise, then references; velocities (1, N, C) of each step; `tokens`
-    and `references` are int64 places among those of the noise and of all references.
+    and `references` are int64 indices among those of the noise and of all references.
     """
     text, noise = prompt_embeds.shape[1], latents.shape[1]
-    beside = text + noise + references
+    reference_rows = text + noise + references
     parts = [torch.arange(text, device=tokens.device)] if with_text else []
     pictures = latents[0].index_select(0, tokens)
     parts.append(text + tokens)
     if step == 0:
         pictures = torch.cat([pictures, conditions[0].index_select(0, references)])
-        parts.append(beside)
+        parts.append(reference_rows)
     else:
         # Eight bytes at a time: these kernels take a thread for each number.
         first, now = (k.flatten(3).view(torch.int64) for k in (kept[0], kept[step]))
-        now.index_copy_(2, beside, first.index_select(2, beside))
+        now.index_copy_(2, reference_rows, first.index_select(2, reference_rows))
     row_types = [torch.full_like(part, kind) for part, kind in zip(parts, (0, 1, 2)[not with_text :], strict=False)]
     rows = _Rows(torch.cat(parts), torch.cat(row_types), text if with_text else 0, len(tokens))
     strategy = _Kept(fused, kept[step], rows, fused.rope(shapes, text))

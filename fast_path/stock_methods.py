@@ -1,7 +1,7 @@
 """Stock's methods that move, adapt, replace or write modules: the fast path goes out first and comes back when it is used.
 
 `watch` would notice most of what they do, but only afterwards: they would move or write what the fast path has moved or
-laid side by side. And a LoRA that is fused leaves no trace that costs nothing to look for.
+packed into one buffer. And a LoRA that is fused leaves no trace that costs nothing to look for.
 """
 
 import functools
@@ -31,7 +31,7 @@ class StockMethods(QwenImageEditPlusPipeline):
 
     @property
     def components(self) -> dict:
-        """As stock. Whoever takes the components may run them: their weights stay where they are from now on."""
+        """As stock. The caller may run the components: their weights stay where they are from now on."""
         state = vars(self).get("fast_path")
         if state is not None and not state.held and not state.keep_weights:
             state.keep_weights = True

@@ -175,13 +175,13 @@ def _weight(conv: QwenImageCausalConv3d | nn.Conv2d) -> torch.Tensor:
 
 
 class _Convolution(nn.Module):
-    """A convolution that leaves its bias to whoever reads it."""
+    """A convolution that leaves its bias to the next layer's kernel."""
 
     def __init__(self, conv: QwenImageCausalConv3d | nn.Conv2d):
         super().__init__()
         weight = _weight(conv)
         self.channels = weight.shape[0]
-        # Tensor cores take channels by eight. Pixels have three: zeros beside them change no sum.
+        # Tensor cores take channels by eight. Pixels have three: zeros appended to them change no sum.
         self.weight = nn.Parameter(F.pad(weight, (0, 0, 0, 0, 0, -weight.shape[1] % 8, 0, -weight.shape[0] % 8)))
         self.bias = nn.Parameter(conv.bias.detach().clone())
         self.stride = conv.stride[-2:]

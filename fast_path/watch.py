@@ -13,7 +13,7 @@ On a GPU it does so while the GPU computes (`FastPath.settled`). The engine, whi
 second only (`FastPath.look_every_s`).
 
 Not seen: a weight changed through `.data` (torch counts no version there), and a number inside a list that a module
-holds. Whoever does that calls the pipeline's `clear_caches()`. Where hooks own the place of the weights (offloading,
+holds. After such a change call the pipeline's `clear_caches()`. Where hooks own the place of the weights (offloading,
 casting), address and dtype come and go with every forward and say nothing: they are left out.
 """
 
@@ -282,7 +282,7 @@ class Away:
 
 
 def come_along(module: nn.Module, args: tuple) -> None:
-    """Brings a module to what it is called with: whoever runs a stock component beside the fast path finds it whole."""
+    """Brings a module to what it is called with: other code that runs a stock component finds it whole."""
     given = next((a for a in args if isinstance(a, torch.Tensor)), None)
     if given is None or moved_by_hooks(module):
         return

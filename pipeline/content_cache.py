@@ -1,6 +1,6 @@
 """A cache as the pipeline means it: key, value, bound, and counts that anyone can look at.
 
-The key is built by whoever computes the value, from everything that changes it; the cache asks no questions. What it
+The key is built by the code that computes the value, from everything that changes it; the cache asks no questions. What it
 holds is bounded by number, oldest use first out, so that a camera whose pictures never come back costs a known amount.
 """
 

@@ -236,7 +236,7 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
 def _layers(transformer: nn.Module) -> dict[str, nn.Module]:
-    """The layers that a file may change. What adapters of peft have put beside a layer is not the model's."""
+    """The layers that a file may change. What adapters of peft have added to a layer is not the model's."""
     found = {}
     for name, module in transformer.named_modules():
         if not {"base_layer", "lora_A", "lora_B", "lora_magnitude_vector"} & set(name.split(".")):

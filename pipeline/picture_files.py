@@ -53,7 +53,7 @@ def clip(text: str, length: int = 100) -> str:
 def open_image(data, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """`data` (file bytes, a PIL image or a numpy array) as uint8 (H, W, 3) RGB, C-contiguous.
 
-    Alpha is laid over white, EXIF rotation applied, 16-bit scaled to 8, of an animation the first frame is taken.
+    Alpha is composited over white, EXIF rotation applied, 16-bit scaled to 8, of an animation the first frame is taken.
     A numpy array may be uint8, uint16 or float in [0, 1], of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
     Raises EditError on what is empty, broken, cut off, no picture, or more than `max_pixels` pixels.
     """
@@ -142,7 +142,7 @@ def _to_rgb(image: Image.Image, ours: bool) -> np.ndarray:
 
 
 def _strips(image: Image.Image):
-    """(top, the rows from there on): what is made of them on the way to RGB is then small beside the picture."""
+    """(top, the rows from there on): what is made of them on the way to RGB is then small compared with the picture."""
     rows = max(1, _STRIP_PIXELS // image.width)
     if rows >= image.height:
         yield 0, image

@@ -1,4 +1,4 @@
-"""A prompt beside its pictures through the vision-language model: what `encode_prompt` of the pipeline does for a row."""
+"""A prompt and its pictures through the vision-language model: what `encode_prompt` of the pipeline does for a row."""
 
 import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
@@ -101,7 +101,7 @@ class PromptReading:
         """How many tokens of prompt and pictures the models can tell apart, at an output as large as is allowed.
 
         The transformer looks positions of text up in a table, behind those of the pictures; the vision-language model
-        was made for so many positions, its instructions among them.
+        was made for a number of positions, its instructions among them.
         """
         skipped = self.prompt_template_encode_start_idx
         limits = [self.text_encoder.config.get_text_config().max_position_embeddings - skipped]

@@ -136,7 +136,7 @@ def lightning_scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 def is_lightning(scheduler) -> bool:
-    """Whether `scheduler` gives Lightning's noise levels, whoever put it there."""
+    """Whether `scheduler` gives Lightning's noise levels, also where a person set it."""
     decisive = ("use_dynamic_shifting", "base_shift", "max_shift", "shift_terminal", "time_shift_type")
     return all(scheduler.config.get(name) == LIGHTNING_SCHEDULER[name] for name in decisive)
 

@@ -1,7 +1,7 @@
 """What the vision-language model is fed: patches of the pictures, token ids, and 3-D rotary positions.
 
 transformers' processor does this with PIL on the CPU (32 ms a frame on a server's core), wants torchvision for videos
-that nobody sends, and leaves the positions to the model, which computes them only if it is told which tokens are
+that no one sends, and leaves the positions to the model, which computes them only if it is told which tokens are
 pictures (`mm_token_type_ids`): diffusers does not tell it (diffusers issue 14194), and the model then reads the picture
 as a line of text, without any error. Everything here follows from the layout, which the host knows: nothing asks the
 GPU a question. Patch, merge and size limits come from the image processor's config; 14 and 28 are nowhere assumed.

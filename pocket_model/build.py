@@ -65,7 +65,7 @@ SCHEDULER_CONFIG = {
     "time_shift_type": "exponential",
     "use_dynamic_shifting": True,
 }
-# What people write beside the edits themselves; gives the byte-pair merges some English to stand on.
+# What people write around the edits themselves; gives the byte-pair merges some English to stand on.
 COMMON_WORDS = """a the this that my me him her it them photo picture image pic frame camera video portrait face person man
 woman child cat dog animal tree sky sea mountain city street house flower food car please now just really very more less
 make turn change convert transform render draw paint show give apply add put place remove keep leave into like as with

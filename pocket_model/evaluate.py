@@ -7,7 +7,7 @@ For each edit and each held-out photograph: a held-out phrasing, 256x256, the gi
 - whether the output is nearer to its own answer than to that of any other edit with as many pictures (every colour of a
   tint or duotone counts as another edit);
 - PSNR of the answer after the VAE alone, the ceiling of what the editor can reach.
-`--write` puts the numbers into `evaluation.json`, the tables of `README.md` and `contact_sheet.jpg` beside this file.
+`--write` puts the numbers into `evaluation.json`, the tables of `README.md` and `contact_sheet.jpg` in this folder.
 """
 
 import argparse

@@ -240,7 +240,7 @@ def _jitter(x: Tensor, uniform) -> Tensor:
 
 
 def procedural(batch: int, height: int, width: int, generator: torch.Generator, device) -> Tensor:
-    """(B, 3, H, W) in [0, 1]: a noise landscape with discs, boxes and stripes of random colours laid over it."""
+    """(B, 3, H, W) in [0, 1]: a noise landscape with discs, boxes and stripes of random colours drawn over it."""
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(batch, *shape, generator=generator, device=device)

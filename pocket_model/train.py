@@ -161,8 +161,8 @@ class Editor:
         for block in visual.blocks:
             q, k, v = block.attn.qkv(block.norm1(x)).view(b, length, 3, block.attn.num_heads, -1).unbind(2)
             q, k = apply_rotary_pos_emb_vision(q, k, cos, sin)
-            heard = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-            x = x + block.attn.proj(heard.transpose(1, 2).reshape(b, length, -1))
+            attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+            x = x + block.attn.proj(attended.transpose(1, 2).reshape(b, length, -1))
             x = x + block.mlp(block.norm2(x))
         return visual.merger(x.reshape(b * length, -1)).view(b, length // build.MERGE**2, -1)
 

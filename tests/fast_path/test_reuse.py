@@ -110,8 +110,8 @@ def test_neighbours_for_which_there_was_no_place_come_in_the_next_frames(fused):
     cache = TokenCache(fused)
     frame(cache, wanted)
     around, seen = some(*range(40, 50)), np.zeros((8, 8), bool)
-    for changed, beside in ((some(1, 2, 3, 4), around), (some(), some()), (some(), None), (some(), some())):
-        cache.begin(changed, beside)
+    for changed, neighbours in ((some(1, 2, 3, 4), around), (some(), some()), (some(), None), (some(), some())):
+        cache.begin(changed, neighbours)
         for step, sample in enumerate(wanted):
             cache.velocity(sample, step)
         assert cache.computed.sum() == 4
