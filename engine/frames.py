@@ -30,6 +30,7 @@ from engine.token_caches import TokenCaches
 from pipeline.content_cache import ContentCache
 from pipeline.geometry import on_grid, padded
 from pipeline.images import blend, fit
+from pipeline.picture_files import is_line
 from pipeline.sampling import Schedule
 
 START_LEVELS = 4  # strengths of a start with motion_aware: each is a schedule that the fast path keeps tables for
@@ -39,6 +40,11 @@ def prepare_pictures(images: list[np.ndarray], params: EditParams, width: int, h
     """The references as the model gets them: as `fitting.sized` makes them, then blended."""
     images = sized(images, params, width, height)
     return [blend(*images, params.blend_ratio)] if params.mode == "blend" else images
+
+
+def readable(picture: np.ndarray) -> np.ndarray:
+    """The picture, uint8 (H, W, 3); a line of pixels with the padding of its tokens, without which the models read none."""
+    return padded(picture) if is_line(*picture.shape[1::-1]) else picture
 
 
 class FrameEditor:
@@ -65,7 +71,7 @@ class FrameEditor:
         pipe, params, memory, (width, height) = self._pipe, work.params, work.memory, work.size
         with self.streams.on(self.streams.sides):
             with work.watch.stage("prepare"):
-                pictures = prepare_pictures(work.images, params, width, height)
+                pictures = [readable(picture) for picture in prepare_pictures(work.images, params, width, height)]
                 looks = params.skip_similar != "off" or params.embeds == "changed" or params.motion_aware
                 thumbnails = [thumbnail(picture) for picture in pictures] if looks else []
                 on_tokens = [padded(picture) for picture in pictures]
@@ -87,7 +93,8 @@ class FrameEditor:
                 area = "output"
                 if params.reference_area == "stock":
                     area, opened = None, pipe.open_references([framed(pictures[0], width, height), *opened[1:]])
-                work.references = pipe.encode_references(opened, area=area, width=width, height=height)
+                columns, rows = on_grid(width, height) if is_line(width, height) else (width, height)
+                work.references = pipe.encode_references(opened, area=area, width=columns, height=rows)
             work.check()
             with work.watch.stage("prepare"):
                 self.token_caches.plan(work)

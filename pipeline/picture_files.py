@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000
 _STRIP_PIXELS = 2**18
-_MAX_ASPECT = 200  # of width to height: more than this is no picture, and resizing it would make lines of one pixel
+MAX_ASPECT = 200  # of width to height: more than this is no picture, and resizing it would make lines of one pixel
 # What cameras, browsers and scanners write (JPEG includes MPO). Pillow knows more; one of them (EPS) runs another program on the file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "DIB", "TGA")
 # What Pillow's readers are seen to raise on damaged files.
@@ -86,6 +86,11 @@ def open_image(data, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise EditError(f"The picture is broken or cut off ({error}). Save it again and resend.") from None
 
 
+def is_line(width: int, height: int) -> bool:
+    """Whether one side is so much longer than the other that neither a person nor the vision-language model sees a picture."""
+    return max(width, height) > MAX_ASPECT * min(width, height)
+
+
 def check_size(width: int, height: int, max_pixels: int) -> None:
     if width < 1 or height < 1:
         raise EditError(f"The picture is {width}x{height}: it has no pixels.")
@@ -93,9 +98,9 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
         raise EditError(
             f"The picture is {width}x{height}, {width * height:,} pixels. At most {max_pixels:,} pixels are allowed."
         )
-    if max(width, height) > _MAX_ASPECT * min(width, height):
+    if is_line(width, height):
         raise EditError(
-            f"The picture is {width}x{height}. One side may be at most {_MAX_ASPECT} times the other: crop it first."
+            f"The picture is {width}x{height}. One side may be at most {MAX_ASPECT} times the other: crop it first."
         )
 
 

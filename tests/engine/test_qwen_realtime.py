@@ -689,3 +689,11 @@ def test_a_closed_session_holds_no_embeddings(fake):
         assert session.memory.embeds is not None
         session.close()
         assert session.memory.embeds is None and session.memory.newest is None
+
+
+@pytest.mark.parametrize("size", [(1, 664), (664, 1), (1, 1)])
+def test_any_whole_width_and_height_is_made_even_a_line_of_pixels(live, photo, size):
+    width, height = size
+    wanted = EditParams("make it black and white", width=width, height=height, steps=1, mode="references")
+    result = live.edit([photo(24, 40), photo(40, 24, seed=1), photo(200, 1, seed=2)], wanted, timeout=PATIENCE_S)
+    assert result.image.shape == (height, width, 3)
