@@ -2,6 +2,7 @@
 
 import copy
 import faulthandler
+import functools
 import os
 import re
 
@@ -44,6 +45,16 @@ def pytest_collection_modifyitems(config, items):
 def pytest_runtest_setup(item):
     if item.get_closest_marker("endurance"):  # may take longer than the limit of pyproject.toml
         faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_tls_context():
+    """Each client of httpx reads all certificates of the machine when it is made, 20 ms; here once for all."""
+    from httpx._transports import default
+
+    made, default.create_ssl_context = default.create_ssl_context, functools.cache(default.create_ssl_context)
+    yield
+    default.create_ssl_context = made
 
 
 # Pictures and models -----------------------------------------------------------------------------------------------------

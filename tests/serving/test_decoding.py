@@ -19,7 +19,7 @@ from pipeline.picture_files import EditError, open_image
 from serving import decoding, inspection
 from serving.decoding import Busy, Decoder, Left, Limits, Sender
 
-PATIENCE_S = 30  # no claim: only how long a broken decoder may hang before the test fails
+PATIENCE_S = 60  # no claim: only how long a broken decoder may hang before the test fails
 SLOW = 31  # scans over 64 megapixels: within the bounds, and some seconds of work
 
 
