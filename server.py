@@ -31,20 +31,21 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import uvicorn
-from starlette.applications import Starlette
+from fastapi import APIRouter, FastAPI, WebSocket
+from fastapi.requests import Request
+from fastapi.responses import JSONResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response
-from starlette.routing import Route, WebSocketRoute
-from starlette.websockets import WebSocket
 
-from serving.access import KINDS, Endpoint, Guard, Refusal, plain, read_json, refusal_body
+from serving.access import KINDS, Guard, Refusal, plain, refusal_body
 from serving.connections import bound
-from serving.document import DocumentDesk
+from serving.document import LOCKS, DocumentDesk, edit_answer, edit_request, refusals
 from serving.edit import MAX_BODY_BYTES, EditDesk, parse_edit
+from serving.endpoint import Endpoint
 from serving.farewell import SERVER_S, TOLD_S, Farewell, close_engine, end
 from serving.holder import EngineHolder
+from serving.json_bounds import read_json
 from serving.live import MAX_FRAME_BYTES, LiveConnection, LiveRoom
+from serving.models import EditAnswer, Ready
 from serving.proxy import BehindProxy
 from serving.startup import add_flags, check_flags, create_guard, load_engine, warn_if_open
 from serving.status import StatusDesk
@@ -67,7 +68,7 @@ def create_routes(
     guard: Guard | None = None,
     waiting_edits: int = WAITING_EDITS,
 ) -> list:
-    """The Starlette routes over the holder's engine. `guard` decides who may come in; `auth` = (user, password) is
+    """The FastAPI routes over the holder's engine. `guard` decides who may come in; `auth` = (user, password) is
     short for a guard with that login. `waiting_edits` may wait in POST /edit beside those that run.
     """
     guard = guard or Guard(auth)
@@ -76,7 +77,6 @@ def create_routes(
     desk = EditDesk(holder, pool, waiting=waiting_edits)
     room = LiveRoom(holder, pool)
     status = StatusDesk(holder, desk.queue, room, answered)
-    document = DocumentDesk(locked=guard.locked)
 
     async def live(websocket: WebSocket) -> None:
         try:
@@ -86,24 +86,33 @@ def create_routes(
             return
         await LiveConnection(websocket, room).run()
 
-    def endpoint(path: str, **handlers) -> Route:
-        return Route(path, Endpoint(path, guard, answered, **handlers))
+    router = APIRouter(
+        route_class=Endpoint.of(guard, answered), responses=refusals(), dependencies=LOCKS if guard.locked else []
+    )
+    document = DocumentDesk(router.routes)
 
-    return [
-        endpoint("/health", get=status.health),
-        endpoint("/ready", get=status.ready),
-        endpoint("/metrics", get=status.metrics),
-        endpoint("/edit", post=desk.edit),
-        endpoint("/openapi.json", get=document.openapi),
-        endpoint("/docs", get=document.docs),
-        WebSocketRoute("/live", live),
-    ]
+    def add(path: str, handler, *methods: str, **about) -> None:
+        router.add_api_route(path, handler, methods=list(methods), **about)
+
+    add("/edit", desk.edit, "POST", operation_id="edit", summary="Edit a picture, or up to three, by instruction.",
+        response_model=EditAnswer, openapi_extra=edit_request(),
+        responses={200: edit_answer()} | refusals(400, 406, 408, 413, 415, 500, 503))  # fmt: skip
+    add("/health", status.health, "GET", operation_id="health", summary="Alive, and how it fares.",
+        response_model_exclude_unset=True)  # fmt: skip
+    add("/ready", status.ready, "GET", operation_id="ready", summary="Whether an edit would be taken now.",
+        responses={503: {"model": Ready, "description": "Not now: the text says why."}})  # fmt: skip
+    add("/metrics", status.metrics, "GET", operation_id="metrics", summary="For Prometheus.", response_class=Response,
+        response_model=None, responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})  # fmt: skip
+    add("/openapi.json", document.openapi, "GET", include_in_schema=False)
+    add("/docs", document.docs, "GET", include_in_schema=False)
+    router.add_api_websocket_route("/live", live)
+    return router.routes
 
 
-def create_app(holder: EngineHolder, guard: Guard | None = None, *, waiting_edits: int = WAITING_EDITS) -> Starlette:
+def create_app(holder: EngineHolder, guard: Guard | None = None, *, waiting_edits: int = WAITING_EDITS) -> FastAPI:
     """The routes as an application of their own; "/" leads to /docs."""
 
-    async def home(request: Request) -> Response:
+    async def home() -> Response:
         return RedirectResponse("docs")
 
     async def refuse(request: Request, error: HTTPException) -> Response:
@@ -113,8 +122,10 @@ def create_app(holder: EngineHolder, guard: Guard | None = None, *, waiting_edit
 
     guard = guard or Guard()
     routes = create_routes(holder, guard=guard, waiting_edits=waiting_edits)
-    routes.append(Route("/", Endpoint("/", guard, collections.Counter(), get=home)))
-    return Starlette(routes=routes, exception_handlers={HTTPException: refuse})
+    routes.append(Endpoint.of(guard, collections.Counter())("/", home, methods=["GET"], include_in_schema=False))
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, routes=routes)  # /docs and /openapi.json are ours
+    app.add_exception_handler(HTTPException, refuse)
+    return app
 
 
 # --------------------------------------------------------------------------------------------------------- the program

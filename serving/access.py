@@ -1,4 +1,4 @@
-"""Who may come in, and the frame that is the same round every route.
+"""Who may come in, and how a request is refused.
 
 Three questions are asked of every request, page, route or socket, in this order. Is it addressed to a name of this
 server? (A page of another site can make its own name point here, and is then of the same origin: only the Host header
@@ -6,34 +6,27 @@ still tells. Asked where no lock guards a server of one machine.) Does its Origi
 socket and a post, name this host, or a site that the operator let in? Does it bring the login or the key? Gradio's
 `launch(auth=...)` guards only Gradio's own routes, and its CORS settings do not cover sockets.
 
-`Endpoint` is that frame for HTTP: whatever a handler raises, the caller reads JSON, {"error": what came and what is
-allowed, "kind": one word for programs, "detail": as error}. Only the kinds of `FAILURES` are 500: the request was good,
-the model failed.
+A `Refusal` is every answer but a good one, in JSON: {"error": what came and what is allowed, "kind": one word for
+programs, "detail": as error}.
 """
 
 import base64
 import binascii
-import collections
-import json
-import logging
 import math
 import re
 import reprlib
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
 from urllib.parse import urlsplit
 
 import numpy as np
-from starlette.requests import ClientDisconnect, HTTPConnection, Request
-from starlette.responses import JSONResponse, Response
+from fastapi.requests import HTTPConnection
+from fastapi.responses import JSONResponse
 
 from pipeline.images import EditError
 from serving.connections import address_of
 from serving.guesses import Guesses
-from serving.json_bounds import check_json
-
-log = logging.getLogger(__name__)
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 LOOPBACK_ORIGIN = re.compile(rf"https?://({'|'.join(map(re.escape, LOOPBACK_NAMES))})(:\d{{1,5}})?")
@@ -272,65 +265,6 @@ def names_this_host(connection: HTTPConnection, address: str) -> bool:
     return bool(parts.netloc) and parts.netloc.lower().removesuffix(default_port) in ours
 
 
-class Endpoint:
-    """One path as an ASGI application: its methods, the guard before each, errors as JSON, CORS, counted answers.
-
-    An application rather than a function, so that every method comes here: the page's own router would otherwise
-    answer GET /edit with the page.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        guard: Guard,
-        answered: collections.Counter,
-        **handlers: Callable[[Request], Awaitable[Response]],
-    ):
-        self._path, self._guard, self._answered = path, guard, answered
-        self._handlers = {name.upper(): handler for name, handler in handlers.items()}
-        if "GET" in self._handlers:
-            self._handlers["HEAD"] = self._handlers["GET"]  # the server leaves the body out
-
-    async def __call__(self, scope, receive, send) -> None:
-        request = Request(scope, receive, send)
-        try:
-            response = await self._answer(request)
-        except Refusal as refusal:
-            response = refusal.response()
-        except EditError as error:
-            kind = failure_kind(error)
-            response = Refusal(500 if kind else 400, str(error), kind=kind).response()
-        except ClientDisconnect:
-            response = Response(status_code=499)  # nobody reads this
-        except Exception:
-            log.exception("%s %s failed", request.method, self._path)
-            response = Refusal(500, "The server failed on this request; its log says why.", kind="failed").response()
-        self._answered[self._path, response.status_code] += 1
-        response.headers.setdefault("Cache-Control", "no-store")
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers.update(self._guard.cors_headers(request))
-        await response(scope, receive, send)
-
-    async def _answer(self, request: Request) -> Response:
-        allowed = ", ".join(sorted(self._handlers))
-        if request.method == "OPTIONS" and self._guard.cors_headers(request).get("Access-Control-Allow-Origin"):
-            # A browser's question before the request itself; it brings no credentials and gets nothing but this.
-            headers = {
-                "Access-Control-Allow-Methods": allowed,
-                "Access-Control-Allow-Headers": "Authorization, Content-Type, X-API-Key",
-                "Access-Control-Max-Age": "600",
-            }
-            if "access-control-request-private-network" in request.headers:  # a public page that asks for a private host
-                headers["Access-Control-Allow-Private-Network"] = "true"
-            return Response(status_code=204, headers=headers)
-        self._guard.check(request)
-        if request.method not in self._handlers:
-            response = Refusal(405, f"{request.method} is not possible on {self._path}. Allowed: {allowed}.").response()
-            response.headers["Allow"] = allowed
-            return response
-        return await self._handlers[request.method](request)
-
-
 def plain(value):
     """The value as JSON can carry it: dataclasses as dicts, numpy numbers as numbers, what is neither as text."""
     if is_dataclass(value):
@@ -344,27 +278,3 @@ def plain(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None  # JSON has no NaN, and browsers refuse it
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def read_json(text: bytes | str) -> dict:
-    """A JSON object; EditError on anything else, NaN and infinite numbers among it."""
-
-    check_json(text.encode(errors="surrogatepass") if isinstance(text, str) else text)
-
-    def refuse(name: str):
-        raise EditError(f"{name} is not a number that JSON knows.")
-
-    def finite(digits: str) -> float:
-        value = float(digits)
-        return value if math.isfinite(value) else refuse(digits[:40])  # 1e999 is written like any number
-
-    try:
-        value = json.loads(text, parse_constant=refuse, parse_float=finite)
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is text that nobody can write
-    except EditError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise EditError(f"This is not JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise EditError(f"A JSON object was expected, not {type(value).__name__}.")
-    return value

@@ -31,9 +31,9 @@ from starlette.responses import JSONResponse
 from starlette.websockets import WebSocketClose
 
 from pipeline.images import EditError
-from serving.access import Guard, Refusal, crosses_sites, read_json
+from serving.access import Guard, Refusal, crosses_sites
 from serving.connections import address_of
-from serving.json_bounds import check_json, check_values, count_values
+from serving.json_bounds import check_json, check_values, count_values, read_json
 
 log = logging.getLogger(__name__)
 

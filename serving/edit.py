@@ -14,7 +14,6 @@ stops within one step.
 
 import asyncio
 import base64
-import binascii
 import functools
 import itertools
 import math
@@ -24,25 +23,25 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from fastapi.requests import Request
+from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
 
 from engine.fitting import LONGEST, Fitted, at_output_size
 from pipeline.images import EditError, encode_jpeg, encode_png, open_image
 from qwen_realtime import EditParams
-from serving.access import Refusal, plain, read_json
+from serving.access import Refusal, plain
 from serving.connections import address_of
 from serving.decoding import Busy, Sender
 from serving.holder import EngineHolder, why_not
-from serving.json_bounds import check_values, count_values
+from serving.json_bounds import check_values, count_values, read_json
+from serving.models import FORMATS, EditAnswer, check_edit
 
 MAX_BODY_BYTES = 64 * 2**20  # photographs in base64
 MAX_HELD_BYTES = 512 * 2**20  # bodies and opened pictures of all requests together
 BODY_TIMEOUT_S = 60.0
 EDIT_TIMEOUT_S = 600.0  # no edit takes so long: only an engine that hangs
 MAX_RETRY_AFTER_S = 60
-FORMATS = {"png": "image/png", "jpeg": "image/jpeg"}
-STOCK_CFG_SCALE = 4.0  # `true_cfg_scale` of diffusers' QwenImageEditPlusPipeline, which `use_cfg` turns on
 OFFERS = ("application/json", *FORMATS.values())
 
 
@@ -171,21 +170,6 @@ def negotiate(accept: str | None) -> str:
     return best
 
 
-def read_base64(value, name: str) -> bytes:
-    """The bytes of a base64 text, with or without the data:...;base64, in front that a browser puts there."""
-    if not isinstance(value, str):
-        raise EditError(f'"{name}" must be a picture in base64, not {type(value).__name__}.')
-    if value.startswith("data:"):
-        value = value.partition(",")[2]
-    try:
-        return base64.b64decode("".join(value.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise EditError(f'"{name}" is not base64: {error}.') from None
-
-
-REFERENCES = ("ref_image", "ref_image_2")  # the second and the third picture
-
-
 def parse_edit(
     body: bytes, side: int, max_pixels: int = LONGEST**2, decode: Callable[[bytes], np.ndarray] = open_image
 ) -> tuple[Fitted, EditParams, str]:
@@ -195,35 +179,9 @@ def parse_edit(
 
 
 def read_edit(body: bytes) -> tuple[list[bytes], EditParams, str]:
-    """(picture files, params, format) of a POST /edit body; no picture is opened.
-
-    With a second picture, and no mode said, a blend ratio means "blend" and none means "references".
-    """
-    fields = read_json(body)
-    data_format = fields.pop("format", "png")
-    if not isinstance(data_format, str) or data_format not in FORMATS:
-        raise EditError(f'The format is {reprlib.repr(data_format)}. Allowed: "png", "jpeg".')
-    if "image" not in fields:
-        raise EditError('"image" is missing: a picture in base64.')
-    pictures = [read_base64(fields.pop("image"), "image")]
-    came = {name: value for name in REFERENCES if (value := fields.pop(name, None)) is not None}
-    if came and "ref_image" not in came:
-        raise EditError('"ref_image_2" came without "ref_image". Allowed: both, or the second picture in "ref_image".')
-    pictures += [read_base64(value, name) for name, value in came.items()]
-    if came:
-        fields.setdefault("mode", "blend" if "blend_ratio" in fields and len(came) == 1 else "references")
-    _read_use_cfg(fields)
-    if "prompt" not in fields:
-        raise EditError('"prompt" is missing: what to change.')
-    params = EditParams.from_dict(fields)  # what is wrong with the settings is said before the pictures cost anything
-    if len(pictures) == 1 and params.mode != "edit":
-        raise EditError(f'The mode "{params.mode}" needs a second picture in "ref_image".')
-    if len(pictures) > 1 and params.mode == "edit":
-        count = {2: "Two", 3: "Three"}[len(pictures)]
-        raise EditError(f'{count} pictures came in mode "edit". Allowed: one, or the mode "blend" or "references".')
-    if len(pictures) > 2 and params.mode == "blend":
-        raise EditError('Three pictures came in mode "blend". Allowed: two, or the mode "references".')
-    return pictures, params, data_format
+    """(picture files, params, format) of a POST /edit body; no picture is opened. Raises EditError."""
+    edit = check_edit(read_json(body))
+    return edit.pictures, edit.params(), edit.format
 
 
 def open_edit(
@@ -231,18 +189,6 @@ def open_edit(
 ) -> Fitted:
     """The pictures at the output's size. Without a size the result keeps the first picture's shape."""
     return at_output_size([decode(picture) for picture in pictures], params, side, max_pixels)
-
-
-def _read_use_cfg(fields: dict) -> None:
-    """Replaces `use_cfg` by the `cfg_scale` that it stands for: true is the scale of the stock pipeline, false is off."""
-    if "use_cfg" not in fields:
-        return
-    on = fields.pop("use_cfg")
-    if not isinstance(on, bool):
-        raise EditError(f"use_cfg is {reprlib.repr(on)}. Allowed: true, false.")
-    if "cfg_scale" in fields:
-        raise EditError("Both use_cfg and cfg_scale came, and they set the same. Allowed: one of them.")
-    fields["cfg_scale"] = STOCK_CFG_SCALE if on else 1.0
 
 
 def check_headers(request: Request) -> None:
@@ -290,7 +236,11 @@ class EditDesk:
         self._opening = asyncio.Semaphore(2)  # large bodies read at one time: each may take hundreds of MB
         self.queue = EditQueue(self._running_places, waiting, self._frame_s)
 
-    async def edit(self, request: Request) -> Response:
+    async def edit(self, request: Request) -> EditAnswer | Response:
+        """Waits in a queue that is fair by address. Hang up and the edit stops within one step.
+
+        Pictures come in the request: nothing is fetched from an address and no path is opened.
+        """
         began = time.monotonic()
         media_type = negotiate(request.headers.get("accept"))
         engine = ready_engine(self._holder)
@@ -315,7 +265,7 @@ class EditDesk:
             data = await loop.run_in_executor(self._pool, encode, result.image)
         if media_type != "application/json":
             return _bytes_answer(result, data, data_format)
-        return JSONResponse(_json_answer(result, data, data_format) | {"elapsed": round(time.monotonic() - began, 3)})
+        return _json_answer(result, data, data_format, began)
 
     async def _opened(self, request: Request, client: str, files: list[bytes], params: EditParams, engine) -> Fitted:
         """The opened pictures. When the caller hangs up, opening them ends."""
@@ -398,14 +348,15 @@ def _bytes_answer(result, data: bytes, data_format: str) -> Response:
     return Response(data, media_type=FORMATS[data_format], headers=headers)
 
 
-def _json_answer(result, data: bytes, data_format: str) -> dict:
-    return {
-        "image": base64.b64encode(data).decode(),
-        "format": data_format,
-        "width": result.image.shape[1],
-        "height": result.image.shape[0],
-        "seed": result.params.seed,
-        "stages_ms": plain(result.stages_ms),
-        "age_ms": round(result.age_ms, 1),
-        "notes": list(result.notes),
-    }
+def _json_answer(result, data: bytes, data_format: str, began_monotonic: float) -> EditAnswer:
+    return EditAnswer(
+        image=base64.b64encode(data).decode(),
+        format=data_format,
+        width=result.image.shape[1],
+        height=result.image.shape[0],
+        seed=result.params.seed,
+        stages_ms=plain(result.stages_ms),
+        age_ms=round(result.age_ms, 1),
+        notes=list(result.notes),
+        elapsed=round(time.monotonic() - began_monotonic, 3),
+    )

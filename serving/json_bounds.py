@@ -1,4 +1,4 @@
-"""What a JSON text would cost to parse, before it is parsed.
+"""JSON from outside: what it would cost to parse, before it is parsed.
 
 A parser makes an object of some hundred bytes for every two characters of `[],[],`: 60 MB become 1.6 GB and half a
 minute in which Python does nothing else. Pictures in base64 are the opposite, few values and long texts. So the values
@@ -6,7 +6,10 @@ are bounded and the bytes only by what the route allows. Counting bytes is done 
 passes is looked at token by token, for its depth and its numbers.
 """
 
+import math
 import re
+
+from pydantic_core import from_json
 
 from pipeline.images import EditError
 
@@ -49,3 +52,25 @@ def check_json(text: bytes) -> None:
             depth -= 1
         elif first != 0x22:
             raise EditError(f"A number in the JSON has more than {MAX_DIGITS} digits.")
+
+
+def read_json(text: bytes | str) -> dict:
+    """A JSON object; EditError on anything else, NaN, infinity and half a surrogate pair included."""
+    text = text.encode(errors="surrogatepass") if isinstance(text, str) else text
+    check_json(text)
+    try:
+        value = from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        raise EditError(f"This is not JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise EditError(f"A JSON object was expected, not {type(value).__name__}.")
+    if _is_infinite(value):  # 1e999 is written like any number
+        raise EditError("A number in the JSON is too large. Allowed: up to 1.7e308.")
+    return value
+
+
+def _is_infinite(value) -> bool:
+    """Whether one of the values is; there are at most MAX_VALUES."""
+    if isinstance(value, (dict, list)):
+        return any(map(_is_infinite, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, float) and math.isinf(value)

@@ -39,9 +39,10 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from engine.fitting import Fitted, at_output_size
 from pipeline.images import EditError, encode_jpeg
 from qwen_realtime import EditParams
-from serving.access import failure_kind, plain, read_json
+from serving.access import failure_kind, plain
 from serving.decoding import LIMITS, Sender
 from serving.holder import EngineHolder
+from serving.json_bounds import read_json
 
 MAX_FRAME_BYTES = LIMITS.frame_bytes
 MAX_TEXT_BYTES = 64 * 2**10

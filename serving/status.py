@@ -11,17 +11,15 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 
-from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import PlainTextResponse, Response
 
-from serving.access import plain
 from serving.edit import EditQueue
 from serving.holder import EngineHolder
 from serving.live import LiveRoom
+from serving.models import PHASES, Health, Ready
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "image_editor"
-PHASES = ("loading", "warming", "ready", "failed", "stopping")
 
 
 def resident_bytes() -> int:
@@ -43,29 +41,26 @@ class StatusDesk:
         self._holder, self._queue, self._room, self._answered = holder, queue, room, answered
         self._started_monotonic = time.monotonic()
 
-    async def health(self, request: Request) -> Response:
-        """Always 200. `state` is "loading", "ready" or "failed"; `stats` is there when the engine is."""
-        status = self._holder.status() | self._load()
-        if self._holder.engine is not None:
-            status["stats"] = plain(self._holder.engine.stats())
-        return JSONResponse(status)
+    async def health(self) -> Health:
+        """Always 200. What runs and what it did is there when the model is."""
+        status, memory = self._holder.status(), {"process": resident_bytes()}
+        if (engine := self._holder.engine) is not None:
+            stats = engine.stats()
+            memory |= {f"gpu_{kind}": count for kind, count in stats.memory.items()}
+            status["stats"] = stats
+        return Health(**status, queue=self._queue.summary(), live=self._room.summary(), memory_bytes=memory)
 
-    async def ready(self, request: Request) -> Response:
+    async def ready(self, response: Response) -> Ready:
         """200 when an edit would be taken now, otherwise 503 and why."""
         status = self._holder.status()
-        answer = {"state": status["phase"], "text": status["text"], "fraction": status["fraction"]}
-        if status["state"] == "ready":
-            return JSONResponse(answer)
-        headers = {"Retry-After": "5"} if status["state"] in ("loading", "stopping") else {}
-        return JSONResponse(answer, 503, headers)
+        if status["state"] != "ready":
+            response.status_code = 503
+        if status["state"] in ("loading", "stopping"):
+            response.headers["Retry-After"] = "5"
+        return Ready(state=status["phase"], text=status["text"], fraction=status["fraction"])
 
-    def _load(self) -> dict:
-        memory = {"process": resident_bytes()}
-        if self._holder.engine is not None:
-            memory |= {f"gpu_{kind}": count for kind, count in self._holder.engine.stats().memory.items()}
-        return {"queue": self._queue.summary(), "live": self._room.summary(), "memory_bytes": memory}
-
-    async def metrics(self, request: Request) -> Response:
+    async def metrics(self) -> Response:
+        """The same in numbers, in Prometheus's text format."""
         phase = self._holder.status()["phase"]
         queue, room = self._queue.summary(), self._room.summary()
         answers = [({"path": path, "status": str(s)}, n) for (path, s), n in sorted(self._answered.items())]

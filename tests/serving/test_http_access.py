@@ -9,7 +9,7 @@ import logging
 import gradio as gr
 import httpx
 import pytest
-from starlette.applications import Starlette
+from fastapi import FastAPI
 from support.http import Browser, StubPipeline, b64, handshake_status, post, serving
 from support.pictures import grey
 
@@ -34,7 +34,7 @@ def engine():
 
 def asked(guard: Guard, path="/health", method="GET", **headers) -> httpx.Response:
     """One request of an application with this guard, without a socket."""
-    app = Starlette(routes=create_routes(EngineHolder(), guard=guard))
+    app = FastAPI(routes=create_routes(EngineHolder(), guard=guard))
 
     async def ask():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://editor.example") as client:
@@ -185,7 +185,7 @@ def test_what_a_browser_sends_by_itself_counts_for_our_own_page_only_even_when_e
     for origin, status in (("http://editor.example", 200), (SITE, 401), ("null", 401)):
         assert asked(guard, origin=origin, **basic("ann", "s3cret")).status_code == status
         assert asked(guard, origin=origin, **{"x-api-key": KEY}).status_code == 200
-    app = Starlette(routes=create_routes(EngineHolder(), guard=guard))
+    app = FastAPI(routes=create_routes(EngineHolder(), guard=guard))
     app.tokens, app.cookie_id = {"token-1": "ann"}, "abc"  # as gradio.routes.App keeps its logins
 
     async def statuses():

@@ -23,7 +23,7 @@ from support.pictures import grey
 
 from benchmarks.soak import ThroughPipeline
 from qwen_realtime import EditParams, RealtimeEngine
-from server import EngineHolder
+from server import EngineHolder, create_routes
 from serving.document import openapi
 from serving.status import resident_bytes
 
@@ -38,7 +38,7 @@ def address(pocket):
         yield address
 
 
-PROMISED = {int(status) for status in openapi()["paths"]["/edit"]["post"]["responses"]}
+PROMISED = {int(status) for status in openapi(create_routes(EngineHolder()))["paths"]["/edit"]["post"]["responses"]}
 
 
 def ask(client: httpx.Client, content: bytes, about: str, **headers) -> int:

@@ -11,19 +11,19 @@ from pathlib import Path
 
 import httpx
 import pytest
-from starlette.applications import Starlette
+from fastapi import FastAPI
 from support.http import StubPipeline, b64, post, serving
 from support.pictures import grey
 
 from pipeline.images import encode_jpeg, open_image
 from qwen_realtime import CHOICES, LIMITS, EditParams, RealtimeEngine
 from server import EngineHolder, Guard, create_routes
-from serving.document import docs_page, edit_schema, openapi
+from serving.document import docs_page, openapi
 from serving.status import family, resident_bytes
 
 
 def get(holder: EngineHolder, path: str, **options) -> httpx.Response:
-    app = Starlette(routes=create_routes(holder, **options))
+    app = FastAPI(routes=create_routes(holder, **options))
 
     async def ask():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:8086") as client:
@@ -127,21 +127,25 @@ def test_a_label_may_be_any_text():
 
 
 def test_the_document_has_every_setting_with_the_engines_own_limits_and_defaults():
-    for pictures in ("one", "two"):
-        properties = edit_schema(pictures)["properties"]
+    schemas = openapi(create_routes(EngineHolder()))["components"]["schemas"]
+    for body in ("EditOne", "EditTwo", "EditThree"):
         for field in dataclasses.fields(EditParams):
-            schema = properties[field.name]
+            schema = schemas[body]["properties"][field.name]
+            assert schema["description"] == field.metadata["means"]
+            number = schema["anyOf"][0] if field.default is None else schema
             if field.name in LIMITS:
-                assert (schema["minimum"], schema["maximum"]) == LIMITS[field.name]
-            if field.name in CHOICES:
-                assert set(schema["enum"]) <= set(CHOICES[field.name])
-            if "default" in schema:
+                assert (number["minimum"], number["maximum"]) == LIMITS[field.name]
+                assert number["type"] == ("number" if field.type is float else "integer")
+            if field.name in CHOICES and field.name != "mode":
+                assert tuple(schema["enum"]) == CHOICES[field.name]
+            if field.name not in ("prompt", "mode"):
                 assert schema["default"] == field.default
-    assert "default" in edit_schema("one")["properties"]["steps"]
+    modes = [schemas[body]["properties"]["mode"] for body in ("EditOne", "EditTwo", "EditThree")]
+    assert (modes[0]["const"], modes[1]["enum"], modes[2]["const"]) == ("edit", ["blend", "references"], "references")
 
 
 def test_every_example_of_the_document_is_answered_with_200(engine):
-    document = openapi()
+    document = openapi(create_routes(EngineHolder()))
     examples = document["paths"]["/edit"]["post"]["requestBody"]["content"]["application/json"]["examples"]
     with serving(EngineHolder(engine)) as address:
         for example in examples.values():
@@ -166,14 +170,18 @@ def test_the_docs_pages_program_works_as_it_stands(engine, tmp_path, monkeypatch
 
 
 def test_the_document_says_how_to_log_in_only_where_one_must():
-    assert "security" not in openapi() and "securitySchemes" in openapi(locked=True)["components"]
-    assert "X-API-Key" not in docs_page(openapi(), "http://x")
-    assert "X-API-Key" in docs_page(openapi(locked=True), "http://x", locked=True)
+    open_document, locked = (openapi(create_routes(EngineHolder(), auth)) for auth in (None, ("ann", "s3cret")))
+    for item in open_document["paths"].values():
+        assert all("security" not in operation for operation in item.values())
+    for item in locked["paths"].values():
+        assert all(operation["security"] == [{"bearer": []}, {"key": []}, {"login": []}] for operation in item.values())
+    assert {each["type"] for each in locked["components"]["securitySchemes"].values()} == {"http", "apiKey"}
+    assert "X-API-Key" not in docs_page(open_document, "http://x") and "X-API-Key" in docs_page(locked, "http://x")
 
 
 def test_the_docs_page_names_every_field_and_answer_and_loads_nothing_from_anywhere(engine):
     answer = get(EngineHolder(engine), "/docs")
-    page, document = answer.text, openapi()
+    page, document = answer.text, openapi(create_routes(EngineHolder()))
     operation = document["paths"]["/edit"]["post"]
     for name in (
         *(field.name for field in dataclasses.fields(EditParams)),
@@ -189,7 +197,7 @@ def test_the_docs_page_names_every_field_and_answer_and_loads_nothing_from_anywh
 
 
 def test_a_host_header_cannot_write_into_the_docs_page(engine):
-    app = Starlette(routes=create_routes(EngineHolder(engine), guard=Guard()))
+    app = FastAPI(routes=create_routes(EngineHolder(engine), guard=Guard()))
 
     async def ask(host):
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import websockets.exceptions
+from fastapi import FastAPI
 from PIL import Image
-from starlette.applications import Starlette
 from support.http import PATIENCE_S, Browser, StubPipeline, b64, post, serving, wait_until
 from support.pictures import grey
 from websockets.sync.client import connect
@@ -424,7 +424,7 @@ def test_auth_guards_every_route_and_takes_basic_credentials(engine):
 
 
 def test_the_login_cookie_of_the_page_opens_the_routes(engine):
-    app = Starlette(routes=create_routes(EngineHolder(engine), ("ann", "s3cret")))
+    app = FastAPI(routes=create_routes(EngineHolder(engine), ("ann", "s3cret")))
     app.tokens, app.cookie_id = {"token-1": "ann"}, "abc"  # as gradio.routes.App keeps its logins
 
     async def statuses():

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import httpx
 import uvicorn
-from starlette.applications import Starlette
+from fastapi import FastAPI
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
@@ -48,7 +48,7 @@ class StubPipeline(PassThrough):
 @contextmanager
 def serving(holder: EngineHolder, auth=None, **options):
     """A uvicorn on a free port in a thread; yields its address without the scheme. `options` go to create_routes."""
-    app = Starlette(routes=create_routes(holder, auth, **options))
+    app = FastAPI(routes=create_routes(holder, auth, **options))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
     ready = threading.Event()
     startup = server.startup
