@@ -17,7 +17,6 @@ does is in `serving/`; this module puts them together and is the program that se
 
 import argparse
 import asyncio
-import collections
 import contextlib
 import logging
 import os
@@ -34,6 +33,7 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, WebSocket
 from fastapi.requests import Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
+from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 
 from serving.access import KINDS, Guard, Refusal, plain, refusal_body
@@ -72,11 +72,11 @@ def create_routes(
     short for a guard with that login. `waiting_edits` may wait in POST /edit beside those that run.
     """
     guard = guard or Guard(auth)
-    answered: collections.Counter = collections.Counter()
+    registry = CollectorRegistry()
     pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="picture")
     desk = EditDesk(holder, pool, waiting=waiting_edits)
     room = LiveRoom(holder, pool)
-    status = StatusDesk(holder, desk.queue, room, answered)
+    status = StatusDesk(holder, desk.queue, room, registry)
 
     async def live(websocket: WebSocket) -> None:
         try:
@@ -87,7 +87,7 @@ def create_routes(
         await LiveConnection(websocket, room).run()
 
     router = APIRouter(
-        route_class=Endpoint.of(guard, answered), responses=refusals(), dependencies=LOCKS if guard.locked else []
+        route_class=Endpoint.of(guard, registry), responses=refusals(), dependencies=LOCKS if guard.locked else []
     )
     document = DocumentDesk(router.routes)
 
@@ -122,7 +122,7 @@ def create_app(holder: EngineHolder, guard: Guard | None = None, *, waiting_edit
 
     guard = guard or Guard()
     routes = create_routes(holder, guard=guard, waiting_edits=waiting_edits)
-    routes.append(Endpoint.of(guard, collections.Counter())("/", home, methods=["GET"], include_in_schema=False))
+    routes.append(Endpoint.of(guard, CollectorRegistry())("/", home, methods=["GET"], include_in_schema=False))
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, routes=routes)  # /docs and /openapi.json are ours
     app.add_exception_handler(HTTPException, refuse)
     return app
@@ -172,6 +172,7 @@ class _Server(uvicorn.Server):
         await asyncio.sleep(TOLD_S)
         await asyncio.to_thread(close_engine, self._holder)
         await super().shutdown(sockets)
+        self._holder.decoder.close()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -236,6 +236,7 @@ def stop(demo: gr.Blocks, holder: EngineHolder) -> None:
     close_engine(holder)  # every edit in the queue fails now, with a sentence that its caller reads
     time.sleep(TOLD_S)
     demo.close(verbose=False)
+    holder.decoder.close()
     for tunnel in CURRENT_TUNNELS:
         tunnel.kill()
 

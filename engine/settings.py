@@ -102,7 +102,8 @@ class EditParams:
     width: int | None = field(
         default=None,
         metadata=_means(
-            "Of the result, in pixels. With one of width and height, or neither, it has the first picture's shape."
+            "Of the result, in pixels. With one of width and height, or neither, it has the first picture's shape, and "
+            f"its other side too may have at most {LIMITS['width'][1]} pixels."
         ),
     )
     height: int | None = field(default=None, metadata=_means("Of the result, in pixels."))

@@ -149,14 +149,24 @@ class Decoder:
         self._places: dict[int, _Place] = {}
         self._numbers = itertools.count(1)
         self._turns: dict[str, int] = {}  # of each client that is here, the number of its last turn
-        self._idle = [_Worker(limits) for _ in range(limits.workers)]
-        self._held_pixels = 0
-        weakref.finalize(self, _end_all, tuple(self._idle))
+        self._workers = tuple(_Worker(limits) for _ in range(limits.workers))
+        self._idle = list(self._workers)
+        self._held_pixels = self._refused = 0
+        weakref.finalize(self, _end_all, self._workers)
 
     def summary(self) -> dict[str, int]:
+        """Pictures with a worker ("running") and before one ("waiting"), the pixels that callers hold; since the start,
+        the pictures that were refused as Busy and the workers that ended before their picture was open ("killed").
+        """
         with self._changed:
-            working = sum(place.worker is not None for place in self._places.values())
-            return {"working": working, "waiting": len(self._places) - working, "held_pixels": self._held_pixels}
+            running = sum(place.worker is not None for place in self._places.values())
+            return {
+                "running": running,
+                "waiting": len(self._places) - running,
+                "held_pixels": self._held_pixels,
+                "refused": self._refused,
+                "killed": sum(worker.killed for worker in self._workers),
+            }
 
     def open(self, data: bytes, sender: Sender, *, max_pixels: int | None = None) -> np.ndarray:
         """The picture file as uint8 (H, W, 3), writable. Blocks; call it from a thread.
@@ -193,10 +203,9 @@ class Decoder:
             raise
 
     def close(self) -> None:
+        """Ends the workers, and with them what they are opening."""
         self.pool.shutdown(wait=False, cancel_futures=True)
-        with self._changed:
-            workers = [place.worker for place in self._places.values() if place.worker is not None] + self._idle
-        _end_all(workers)
+        _end_all(self._workers)
 
     def _is_for_here(self, data: bytes, cost: inspection.Cost) -> bool:
         limits = self.limits
@@ -224,6 +233,7 @@ class Decoder:
         """A worker, once it is this picture's turn; ended when the sender leaves."""
         with self._changed:
             if len(self._places) >= self.limits.waiting + self.limits.workers:
+                self._refused += 1
                 raise Busy(f"{len(self._places)} pictures are waiting to be opened. Try again later.")
             place = _Place(next(self._numbers), sender.client, work)
             self._places[place.number] = place
@@ -250,6 +260,7 @@ class Decoder:
                     raise Left
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
+                    self._refused += 1
                     raise Busy(f"No turn to open the picture came in {self.limits.wait_seconds:g} s. Try again later.")
                 self._changed.wait(left_s)
             place.worker = self._idle.pop()
@@ -304,6 +315,7 @@ class _Worker:
         self._limits = limits
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
+        self.killed = 0  # processes that ended, by themselves or by `end`, before their picture was open
 
     def ask(self, kind: bytes, data: bytes, max_pixels: int):
         """The pixels uint8 (H, W, 3), or for b"t" the dict. Raises EditError."""
@@ -323,6 +335,7 @@ class _Worker:
                 self.end(process)
                 if attempt == 1 and took_s < 0.5 * self._limits.seconds and process.returncode in _ENDED_ITSELF:
                     continue  # it ended by itself, being idle, as the question came
+                self.killed += 1
                 if took_s >= self._limits.seconds or process.returncode == _OUT_OF_TIME:
                     text = f"Opening the picture takes more than the {self._limits.processor_seconds} s that one may take."
                 else:

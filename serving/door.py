@@ -33,7 +33,7 @@ from starlette.websockets import WebSocketClose
 from pipeline.images import EditError
 from serving.access import Guard, Refusal, crosses_sites
 from serving.connections import address_of
-from serving.json_bounds import check_json, check_values, count_values, read_json
+from serving.json_bounds import Bounds, check_json, read_json
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class Door:
 
     async def _read(self, receive, most: int, *, json: bool = False, check: Callable[[dict], None] | None = None):
         """The whole body, bounded; returns a `receive` that gives it. `check` is given the object that its JSON is."""
-        chunks, size, values = [], 0, 0
+        chunks, size, bounds = [], 0, Bounds()
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 while True:
@@ -180,8 +180,7 @@ class Door:
                     if size > most:
                         raise Refusal(413, f"The request is too large. At most {most:,} bytes are allowed.")
                     if json:
-                        values += count_values(chunks[-1])
-                        check_values(values)
+                        bounds.add(chunks[-1])
                     if not message.get("more_body"):
                         break
         except TimeoutError:

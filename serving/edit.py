@@ -34,7 +34,7 @@ from serving.access import Refusal, plain
 from serving.connections import address_of
 from serving.decoding import Busy, Sender
 from serving.holder import EngineHolder, why_not
-from serving.json_bounds import check_values, count_values, read_json
+from serving.json_bounds import Bounds, read_json
 from serving.models import FORMATS, EditAnswer, check_edit
 
 MAX_BODY_BYTES = 64 * 2**20  # photographs in base64
@@ -209,7 +209,7 @@ def _too_large() -> Refusal:
 
 
 async def read_body(request: Request, ticket: Ticket) -> bytes:
-    body, values = bytearray(), 0
+    body, bounds = bytearray(), Bounds()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             async for chunk in request.stream():  # the length header may be absent: count what really comes
@@ -217,8 +217,7 @@ async def read_body(request: Request, ticket: Ticket) -> bytes:
                 if len(body) > MAX_BODY_BYTES:
                     raise _too_large()
                 ticket.hold(len(body))
-                values += count_values(chunk)
-                check_values(values)  # here, not at the end: what costs too much is known from its beginning
+                bounds.add(chunk)
     except TimeoutError:
         text = f"Of the request {len(body):,} bytes came in {BODY_TIMEOUT_S:g} s. Send it faster."
         raise Refusal(408, text) from None

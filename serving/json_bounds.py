@@ -1,9 +1,9 @@
 """JSON from outside: what it would cost to parse, before it is parsed.
 
 A parser makes an object of some hundred bytes for every two characters of `[],[],`: 60 MB become 1.6 GB and half a
-minute in which Python does nothing else. Pictures in base64 are the opposite, few values and long texts. So the values
-are bounded and the bytes only by what the route allows. Counting bytes is done in C, some GB a second; only a text that
-passes is looked at token by token, for its depth and its numbers.
+minute in which Python does nothing else. Pictures in base64 are the opposite, few values and long texts. So what lies
+outside of texts is bounded, and texts only by what the route allows. Both are told apart in C, some GB a second, and as
+the pieces of a body come, so that what costs too much is refused from its beginning.
 """
 
 import math
@@ -15,42 +15,59 @@ from pipeline.images import EditError
 
 MAX_VALUES = 20_000  # of arrays, objects, and their items
 MAX_QUOTES = 40_000
+MAX_OUTSIDE_BYTES = 2**20  # numbers, names and white space; the texts between quotation marks do not count
 MAX_DEPTH = 64
 MAX_DIGITS = 400  # of one number; Python refuses to read integers of more than 4300
 
-# A text, a bracket, or a long number. The quantifiers are possessive: a text that never ends is not tried again.
-_TOKENS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]|[-+.0-9eE]{%d,}' % MAX_DIGITS, re.DOTALL)
+_TOKENS = re.compile(rb"[\[\]{}]|[-+.0-9eE]{%d,}" % MAX_DIGITS)
 
 
-def check_values(count: int) -> None:
-    """Raises EditError when that many values, or more, are too many."""
-    if count > MAX_VALUES:
-        raise EditError(f"The JSON has {count:,} values or more. At most {MAX_VALUES:,} are allowed.")
+class Bounds:
+    """Counts a JSON text as its pieces come."""
 
+    def __init__(self):
+        self._values = self._quotes = self._outside_bytes = 0
+        self._inside = self._escaped = False  # a text; behind an odd number of backslashes there
 
-def count_values(text: bytes) -> int:
-    """A bound on the values of a JSON text, or of a piece of one: commas and brackets, those inside texts too."""
-    return text.count(b",") + text.count(b"[") + text.count(b"{")
+    def add(self, piece: bytes) -> bytes:
+        """One more piece; returns what of it lies outside of texts. Raises EditError when all pieces are too much."""
+        self._quotes += piece.count(b'"')
+        if self._quotes > MAX_QUOTES:
+            raise EditError(f"The JSON has {self._quotes:,} quotation marks. At most {MAX_QUOTES:,} are allowed.")
+        parts = []
+        for number, part in enumerate(piece.split(b'"')):
+            if number:  # a quotation mark stands before this part
+                self._inside ^= not self._escaped
+                self._escaped = False
+            if not self._inside:
+                parts.append(part)
+                continue
+            slashes = len(part) - len(part.rstrip(b"\\")) if part.endswith(b"\\") else 0
+            self._escaped = bool(slashes % 2) ^ (self._escaped and slashes == len(part))
+        outside = b'"'.join(parts)
+        self._outside_bytes += len(outside)
+        if self._outside_bytes > MAX_OUTSIDE_BYTES:
+            text = f"The JSON has {self._outside_bytes:,} bytes or more outside of texts."
+            raise EditError(f"{text} At most {MAX_OUTSIDE_BYTES:,} are allowed.")
+        self._values += sum(map(outside.count, (b",", b"[", b"{")))
+        if self._values > MAX_VALUES:
+            raise EditError(f"The JSON has {self._values:,} values or more. At most {MAX_VALUES:,} are allowed.")
+        return outside
 
 
 def check_json(text: bytes) -> None:
     """Raises EditError when parsing this UTF-8 text would cost more than any request of ours is worth."""
     if b"\0" in text:  # also how UTF-16 and UTF-32 begin, in which the bytes below mean something else
         raise EditError("This is not JSON: it has zero bytes. Allowed: UTF-8.")
-    check_values(count_values(text))
-    quotes = text.count(b'"')
-    if quotes > MAX_QUOTES:
-        raise EditError(f"The JSON has {quotes:,} quotation marks. At most {MAX_QUOTES:,} are allowed.")
     depth = 0
-    for match in _TOKENS.finditer(text):
-        first = text[match.start()]
-        if first in b"[{":
+    for match in _TOKENS.finditer(Bounds().add(text)):
+        if match[0] in b"[{":
             depth += 1
             if depth > MAX_DEPTH:
                 raise EditError(f"The JSON is nested more than {MAX_DEPTH} deep.")
-        elif first in b"]}":
+        elif match[0] in b"]}":
             depth -= 1
-        elif first != 0x22:
+        else:
             raise EditError(f"A number in the JSON has more than {MAX_DIGITS} digits.")
 
 

@@ -231,6 +231,16 @@ class LiveLoad(BaseModel):
     waiting: int = Field(description="In line for a session.")
 
 
+class DecoderLoad(BaseModel):
+    """Pictures from outside that need a process of their own to be opened."""
+
+    running: int
+    waiting: int
+    held_pixels: int = Field(description="Of opened pictures that are still in memory.")
+    refused: int = Field(description="Found no place, or got no turn in time.")
+    killed: int = Field(description="Processes that ended before their picture was open.")
+
+
 class Health(BaseModel):
     """How the server fares."""
 
@@ -241,6 +251,7 @@ class Health(BaseModel):
     choice: dict[str, Any] = Field(description="Which model, and why.")
     queue: QueueLoad
     live: LiveLoad
+    decoder: DecoderLoad
     memory_bytes: dict[str, int] = Field(description="Of the process, and of the GPU.")
     description: dict[str, Any] = Field(default_factory=dict, description="What runs, when ready.")
     default_size: int | None = Field(default_factory=lambda: None, description="Side of a square of a result's area.")

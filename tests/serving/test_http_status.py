@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fastapi import FastAPI
+from prometheus_client.parser import text_string_to_metric_families
 from support.http import StubPipeline, b64, post, serving
 from support.pictures import grey
 
@@ -19,15 +20,15 @@ from pipeline.images import encode_jpeg, open_image
 from qwen_realtime import CHOICES, LIMITS, EditParams, RealtimeEngine
 from server import EngineHolder, Guard, create_routes
 from serving.document import docs_page, openapi
-from serving.status import family, resident_bytes
+from serving.status import resident_bytes
 
 
-def get(holder: EngineHolder, path: str, **options) -> httpx.Response:
-    app = FastAPI(routes=create_routes(holder, **options))
+def get(holder: EngineHolder, path: str, headers: dict | None = None) -> httpx.Response:
+    app = FastAPI(routes=create_routes(holder))
 
     async def ask():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:8086") as client:
-            return await client.get(path)
+            return await client.get(path, headers=headers)
 
     return asyncio.run(ask())
 
@@ -62,34 +63,23 @@ def test_health_tells_model_choice_queue_live_views_and_memory(engine):
     assert health["choice"]["reason"] == "a test" and health["description"]["model"] == "stub"
     assert health["queue"] == {"running": 0, "waiting": 0, "places": 40, "held_bytes": 0}
     assert health["live"] == {"sockets": 0, "sessions": 0, "waiting": 0}
+    assert health["decoder"] == {"running": 0, "waiting": 0, "held_pixels": 0, "refused": 0, "killed": 0}
     assert 10e6 < health["memory_bytes"]["process"] < 1e12 and resident_bytes() > 10e6
     assert health["stats"]["latency_p95_ms"] >= 0
 
 
-SAMPLE = re.compile(
-    r'^([a-z_:][a-z0-9_:]*)(\{(?:[a-z_]+="(?:[^"\\\n]|\\["\\n])*",?)*\})? (-?[0-9.]+(?:e[+-]?[0-9]+)?)$'
-)
-
-
 def metrics(text: str) -> dict[str, float]:
-    """Prometheus's text format, each rule that we could break checked: {name and labels: value}."""
-    values, typed = {}, {}
-    for line in text.removesuffix("\n").split("\n"):
-        if line.startswith("# TYPE "):
-            _, _, name, kind = line.split(" ")
-            assert name not in typed and kind in ("counter", "gauge"), line
-            typed[name] = kind
-        elif not line.startswith("# HELP "):
-            match = SAMPLE.match(line)
-            assert match, line
-            assert match[1] in typed and list(typed)[-1] == match[1], f"not under its own TYPE: {line}"
-            assert match[1].endswith("_total") == (typed[match[1]] == "counter"), line
-            assert match[1] + (match[2] or "") not in values, f"twice: {line}"
-            values[match[1] + (match[2] or "")] = float(match[3])
+    """Prometheus's text format as its own library reads it: {name and labels: value}."""
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    values = {
+        sample.name + "".join(sorted(f"{{{key}={value}}}" for key, value in sample.labels.items())): sample.value
+        for sample in samples
+    }
+    assert len(values) == len(samples), "twice"
     return values
 
 
-def test_metrics_are_prometheus_text_and_count_what_happened(engine):
+def test_metrics_are_prometheus_text_in_base_units_and_count_what_happened(engine):
     with serving(EngineHolder(engine)) as address:
         before = metrics(httpx.get(f"http://{address}/metrics").text)
         assert post(address, {"image": b64(grey()), "prompt": "keep"}).status_code == 200
@@ -99,28 +89,51 @@ def test_metrics_are_prometheus_text_and_count_what_happened(engine):
     after = metrics(answer.text)
     prefix = "image_editor_"
     assert after[prefix + "frames_total"] == before[prefix + "frames_total"] + 1
-    assert after[prefix + 'http_answers_total{path="/edit",status="200"}'] == 1
-    assert after[prefix + 'http_answers_total{path="/edit",status="400"}'] == 1
-    assert after[prefix + 'phase{phase="ready"}'] == after[prefix + "ready"] == 1
+    for status in (200, 400):
+        assert after[prefix + f"http_request_duration_seconds_count{{path=/edit}}{{status={status}}}"] == 1
+        assert after[prefix + f"http_request_duration_seconds_sum{{path=/edit}}{{status={status}}}"] > 0
+    assert after[prefix + "phase{phase=ready}"] == after[prefix + "ready"] == 1
     names = {re.split("[{]", name)[0].removeprefix(prefix) for name in after}
     assert names >= {
-        "errors_total", "dropped_total", "sessions", "live_sessions", "queue_length", "stage_milliseconds",
-        "latency_milliseconds", "resident_memory_bytes", "frames_per_second", "frame_age_milliseconds", "skip_rate",
-        "computed_share", "cache_hit_rate",
+        "errors_total", "dropped_total", "sessions", "live_sessions", "queue_requests", "stage_seconds",
+        "latency_seconds", "process_resident_memory_bytes", "frames_per_second", "frame_age_seconds", "skipped_ratio",
+        "computed_ratio", "cache_hit_ratio", "decoder_killed_total",
     }  # fmt: skip
-    assert after[prefix + 'stage_milliseconds{stage="total"}'] > 0
-    assert (after[prefix + "skip_rate"], after[prefix + "computed_share"]) == (0, 1)
+    stats = engine.stats()
+    assert after[prefix + "stage_seconds{stage=total}"] == pytest.approx(stats.stages_ms["total"] / 1000)
+    assert after[prefix + "latency_seconds{percentile=95}"] == pytest.approx(stats.latency_p95_ms / 1000)
+    assert (after[prefix + "skipped_ratio"], after[prefix + "computed_ratio"]) == (0, 1)
+    assert abs(after["process_resident_memory_bytes"] - resident_bytes()) < 100e6
 
 
-def test_metrics_are_there_before_the_model_is():
+@pytest.mark.parametrize(
+    "accept, kind",
+    [
+        ("application/openmetrics-text;version=1.0.0", "application/openmetrics-text; version=1.0.0"),
+        ("text/plain;version=x", "text/plain; version=0.0.4"),
+        ("application/openmetrics-text;version=;escaping=?", "application/openmetrics-text"),
+        ("image/png", "text/plain; version=0.0.4"),
+    ],
+)
+def test_the_accept_header_chooses_the_metrics_format_and_no_header_breaks_it(accept, kind):
+    answer = get(EngineHolder(), "/metrics", headers={"accept": accept})
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith(kind)
+
+
+def test_prometheus_own_check_has_nothing_to_say_of_the_metrics(engine):
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not installed: it comes with Prometheus")
+    text = get(EngineHolder(engine), "/metrics").content
+    run = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, timeout=20)
+    assert (run.returncode, run.stdout, run.stderr) == (0, b"", b"")
+
+
+def test_metrics_are_there_before_the_model_is_and_each_application_has_its_own():
     holder = EngineHolder()
     values = metrics(get(holder, "/metrics").text)
-    assert values["image_editor_ready"] == 0 and values['image_editor_phase{phase="loading"}'] == 1
-
-
-def test_a_label_may_be_any_text():
-    lines = family("x", "gauge", "help", [({"name": 'a"b\\c\nd'}, 1.0)])
-    assert lines[-1] == r'image_editor_x{name="a\"b\\c\nd"} 1' and SAMPLE.match(lines[-1])
+    assert values["image_editor_ready"] == 0 and values["image_editor_phase{phase=loading}"] == 1
+    assert "image_editor_frames_total" not in values
+    assert not any("http_request" in name for name in metrics(get(holder, "/metrics").text)), "of another application"
 
 
 # The document

@@ -14,7 +14,8 @@ def picture(width: int, height: int, mode: str, kind: str) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-PICTURES = [picture(16, 16, "RGB", "PNG"), picture(40, 24, "L", "JPEG"), picture(9, 30, "RGBA", "WEBP")]
+# Square: of another shape the result could be too long for a width that is allowed by itself, which no schema can say.
+PICTURES = [picture(16, 16, "RGB", "PNG"), picture(40, 40, "L", "JPEG"), picture(9, 9, "RGBA", "WEBP")]
 PICTURES.append("data:image/png;base64," + PICTURES[0])
 
 schemathesis.openapi.format("byte", st.sampled_from(PICTURES))
