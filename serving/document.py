@@ -20,7 +20,6 @@ from fastapi.requests import Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.security.base import SecurityBase
 from PIL import Image
-from pydantic.json_schema import models_json_schema
 from starlette.routing import BaseRoute
 
 from serving.access import FAILURES
@@ -42,7 +41,6 @@ ANSWERS = {
     503: "All places are taken, or the model is loading, or it could not be loaded. Retry-After says when to try again.",
 }
 COMMON = (401, 403, 405, 429)
-SCHEMA = "#/components/schemas/{model}"
 
 
 @functools.cache
@@ -70,7 +68,8 @@ def edit_request() -> dict:
     two = body | {"ref_image": example_picture()}
     three = two | {"ref_image_2": example_picture()}
     content = {
-        "schema": {"oneOf": [{"$ref": SCHEMA.format(model=model.__name__)} for model in EDIT_BODIES]},
+        # Written out here: in a component of its own openapi-typescript makes a field with a default a required one.
+        "schema": {"oneOf": [model.model_json_schema() for model in EDIT_BODIES]},
         "examples": {
             "one": {"summary": "One picture", "value": body},
             "references": {"summary": "Two pictures, both for the model", "value": two},
@@ -114,16 +113,13 @@ LOCKS = [
 
 def openapi(routes: Sequence[BaseRoute]) -> dict:
     """The OpenAPI document of these routes."""
-    document = get_openapi(
+    return get_openapi(
         title="Realtime image editor",
         version="1",
         description="Edits pictures by instruction with Qwen-Image-Edit. Live views use the socket /live.",
         servers=[{"url": "."}],  # where this document is, whatever a proxy puts in front of it
         routes=routes,
     )
-    _, bodies = models_json_schema([(model, "validation") for model in EDIT_BODIES], ref_template=SCHEMA)
-    document["components"]["schemas"] |= bodies["$defs"]
-    return document
 
 
 # ------------------------------------------------------------------------------------------------------- for people
@@ -171,15 +167,14 @@ server to browser
 
 def docs_page(document: dict, address: str) -> str:
     """The document as a page; `address` is where the examples send their requests."""
-    schemas = document["components"]["schemas"]
     edit, locked = document["paths"]["/edit"]["post"], "securitySchemes" in document["components"]
+    bodies = edit["requestBody"]["content"]["application/json"]["schema"]["oneOf"]
     fields: dict[str, list[str]] = {}
-    for body in EDIT_BODIES:
-        for name, field in schemas[body.__name__]["properties"].items():
+    for body in bodies:
+        for name, field in body["properties"].items():
             if field.get("type") != "null" and (said := _allowed(field)) not in fields.setdefault(name, []):
                 fields[name].append(said)
-    about = schemas["EditThree"]["properties"]
-    required = schemas["EditOne"]["required"]
+    about, required = bodies[-1]["properties"], bodies[0]["required"]
     rows = [
         (name, "; ".join([*ways, *(["required"] if name in required else [])]), about[name].get("description", ""))
         for name, ways in fields.items()

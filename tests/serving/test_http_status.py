@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import html
+import json
 import os
 import re
 import shutil
@@ -10,16 +11,18 @@ import subprocess
 from pathlib import Path
 
 import httpx
+import jsonschema
 import pytest
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from support.http import StubPipeline, b64, post, serving
 from support.pictures import grey
 
-from pipeline.images import encode_jpeg, open_image
+from pipeline.images import EditError, encode_jpeg, open_image
 from qwen_realtime import CHOICES, LIMITS, EditParams, RealtimeEngine
 from server import EngineHolder, Guard, create_routes
 from serving.document import docs_page, openapi
+from serving.models import check_edit
 from serving.status import resident_bytes
 
 
@@ -139,11 +142,64 @@ def test_metrics_are_there_before_the_model_is_and_each_application_has_its_own(
 # The document
 
 
+def edit_bodies(document: dict) -> list[dict]:
+    """The schemas of POST /edit's body, for one, two and three pictures."""
+    return document["paths"]["/edit"]["post"]["requestBody"]["content"]["application/json"]["schema"]["oneOf"]
+
+
+def parts(value, path: tuple = ()):
+    """(path, object) of every JSON object in the document."""
+    if isinstance(value, dict):
+        yield path, value
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
+        yield from parts(each, (*path, key))
+
+
+@pytest.mark.parametrize("auth", [None, ("ann", "s3cret")])
+def test_what_reads_the_document_needs_no_flags(auth):
+    document = openapi(create_routes(EngineHolder(), auth))
+    assert document["openapi"].startswith("3.1.")
+    operations = [operation for item in document["paths"].values() for operation in item.values()]
+    assert len({operation["operationId"] for operation in operations}) == len(operations)
+    for path, part in parts(document):
+        if isinstance(reference := part.get("$ref"), str):
+            assert reference.removeprefix("#/components/schemas/") in document["components"]["schemas"], path
+        if "properties" in part and "components" in path:
+            # Generators of types take a field with a default for one that is always there: right in an answer only.
+            optional = part["properties"].keys() - set(part.get("required", ()))
+            assert not any("default" in part["properties"][name] for name in optional), path
+        if isinstance(part.get("type"), str) and "default" in part:
+            jsonschema.validate(part["default"], part)
+    for body in edit_bodies(document):
+        jsonschema.Draft202012Validator.check_schema(body)
+        assert "$ref" not in json.dumps(body) and body["additionalProperties"] is False
+
+
+def test_the_document_tells_how_many_pictures_go_with_which_mode():
+    one, two, three = (jsonschema.Draft202012Validator(body) for body in edit_bodies(openapi(create_routes(EngineHolder()))))
+    picture = b64(grey())
+    bodies = [{"image": picture, "prompt": "x"}]
+    bodies += [bodies[0] | {"ref_image": picture}, bodies[0] | {"ref_image": picture, "ref_image_2": picture}]
+    for mode, takes in ((None, (1, 2, 3)), ("edit", (1,)), ("blend", (2,)), ("references", (2, 3))):
+        for count, schema in enumerate((one, two, three), 1):
+            for pictures, body in enumerate(bodies, 1):
+                asked = body if mode is None else body | {"mode": mode}
+                assert schema.is_valid(asked) == (count == pictures and count in takes), (mode, count, pictures)
+                try:
+                    check_edit(asked)
+                except EditError:
+                    assert pictures not in takes
+                else:
+                    assert pictures in takes
+
+
+
 def test_the_document_has_every_setting_with_the_engines_own_limits_and_defaults():
-    schemas = openapi(create_routes(EngineHolder()))["components"]["schemas"]
-    for body in ("EditOne", "EditTwo", "EditThree"):
+    bodies = edit_bodies(openapi(create_routes(EngineHolder())))
+    assert [body["title"] for body in bodies] == ["EditOne", "EditTwo", "EditThree"]
+    for body in bodies:
         for field in dataclasses.fields(EditParams):
-            schema = schemas[body]["properties"][field.name]
+            schema = body["properties"][field.name]
             assert schema["description"] == field.metadata["means"]
             number = schema["anyOf"][0] if field.default is None else schema
             if field.name in LIMITS:
@@ -153,7 +209,7 @@ def test_the_document_has_every_setting_with_the_engines_own_limits_and_defaults
                 assert tuple(schema["enum"]) == CHOICES[field.name]
             if field.name not in ("prompt", "mode"):
                 assert schema["default"] == field.default
-    modes = [schemas[body]["properties"]["mode"] for body in ("EditOne", "EditTwo", "EditThree")]
+    modes = [body["properties"]["mode"] for body in bodies]
     assert (modes[0]["const"], modes[1]["enum"], modes[2]["const"]) == ("edit", ["blend", "references"], "references")
 
 
