@@ -12,7 +12,7 @@
 
 The routes never touch the model: they speak to a `RealtimeEngine` through sessions, so any number of clients share one
 engine, fairly. It may still be loading when the first one comes, so the routes hold an `EngineHolder`. What each route
-does is in `serving/`; this module puts them together and is the program that serves them without the page.
+does is in `serving/`; this module joins them and is the program that serves them without the page.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def create_routes(
     waiting_edits: int = WAITING_EDITS,
 ) -> list:
     """The FastAPI routes over the holder's engine. `guard` decides who may come in; `auth` = (user, password) is
-    short for a guard with that login. `waiting_edits` may wait in POST /edit beside those that run.
+    short for a guard with that login. `waiting_edits` may wait in POST /edit, not counting those that run.
     """
     guard = guard or Guard(auth)
     registry = CollectorRegistry()

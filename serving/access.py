@@ -66,7 +66,7 @@ def refusal_body(text: str, kind: str) -> dict[str, str]:
 
 
 class Guard:
-    """Who may use the routes. Without `auth` and `api_key` everybody who can reach them, from a page of this host.
+    """Who may use the routes. Without `auth` and `api_key` all who can reach them, from a page of this host.
 
     `auth` = (user, password): the login of the page (its cookie), or HTTP Basic. `api_key`: the header
     `Authorization: Bearer KEY` or `X-API-Key: KEY`, or Basic with the key as the password, which is what a browser
@@ -101,7 +101,10 @@ class Guard:
         return self._auth is not None or self._key is not None
 
     def login(self, user: str, password: str) -> bool:
-        """Whether a person may log in on the page: with the login, or with any name and the key as the password."""
+        """Whether a person may log in on the page: with the login, or with any name and the key as the password.
+
+        Raises nothing and counts nothing: `try_login` counts.
+        """
         return self._is_login(user.encode(errors="replace"), password.encode(errors="replace"))
 
     def try_login(self, address: str) -> "Try":
@@ -155,7 +158,7 @@ class Guard:
         raise Refusal(401, 'Log in first, or send the key as "Authorization: Bearer KEY" or "X-API-Key: KEY".')
 
     def cors_headers(self, connection: HTTPConnection) -> dict[str, str]:
-        """What lets a page of a listed origin read the answer; nothing for everybody else."""
+        """What lets a page of a listed origin read the answer; nothing for all others."""
         origin = self._listed_origin(connection)
         if origin is None:
             return {"Vary": "Origin"} if self._origins or self._local_pages else {}

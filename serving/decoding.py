@@ -5,11 +5,11 @@ else. `inspection` estimates the work from the file's markers. What is surely ch
 opened in this process, in the time that Pillow takes. Everything else goes to a worker: a process with limits of its own
 (`decode_worker`), which is ended when a picture takes too long or its sender has left. A second process costs 4 ms for a
 megapixel, most of it the copy through a pipe; threads could not be ended, and what a damaged file does to a reader
-written in C would happen to everybody.
+written in C would happen to the whole program.
 
 There are few workers. Expensive pictures may never have the last one, so cheap ones are not behind them; among
 equals it is the turn of the sender with the fewest pictures in work, then of the one that waited longest for a turn. All
-pixels that the callers still hold are counted: over the limit nobody gets more.
+pixels that the callers still hold are counted: over the limit no more are opened.
 """
 
 import asyncio
@@ -53,13 +53,13 @@ _PROGRAM = "import sys; sys.path.insert(0, sys.argv.pop(1)); from serving import
 
 @dataclass(frozen=True)
 class Limits:
-    """What opening pictures may cost, the only home of these numbers besides `inspection`'s counts of markers."""
+    """What opening pictures may cost, the only home of these numbers but for `inspection`'s counts of markers."""
 
     file_bytes: int = 64 * 2**20
     frame_bytes: int = 4 * 2**20  # of a live view; a 1024x1024 JPEG has about 0.3 MB
     frame_pixels: int = 2048 * 2048
     pixels: int = MAX_PIXELS  # of one picture
-    held_pixels: int = 192_000_000  # of all opened pictures together, 3 bytes each, until their callers drop them
+    held_pixels: int = 192_000_000  # of all opened pictures, 3 bytes each, until their callers drop them
     processor_seconds: int = 4  # for one picture
     seconds: float = 15.0  # for one picture, by the clock: a processor that others use too takes longer
     wait_seconds: float = 10.0  # for a worker
@@ -76,7 +76,7 @@ class Limits:
         """For people who send pictures."""
         return (
             f"A picture may have {self.file_bytes // 2**20} MB and {self.pixels:,} pixels, a JPEG {inspection.MAX_SCANS} "
-            f"scans and {inspection.MAX_WORK:,} pixels in all of them together; opening it may take {self.processor_seconds} s of a processor "
+            f"scans and {inspection.MAX_WORK:,} pixels in all of them; opening it may take {self.processor_seconds} s of a processor "
             f"and {self.worker_bytes // 2**20} MB of memory."
         )
 
@@ -217,7 +217,7 @@ class Decoder:
         )
 
     def _hold(self, picture: np.ndarray) -> None:
-        """Counts its pixels until nobody has it any more."""
+        """Counts its pixels until its last reference is gone."""
         pixels = picture.size // 3
         with self._changed:
             self._held_pixels += pixels
@@ -268,7 +268,7 @@ class Decoder:
             self._changed.notify_all()
 
     def _next(self) -> _Place | None:
-        """The waiting place whose turn it is; None while nobody may have one."""
+        """The waiting place whose turn it is; None while no place may have one."""
         if not self._idle:
             return None
         limits, places = self.limits, self._places.values()

@@ -81,7 +81,7 @@ def edit_request() -> dict:
 
 
 def edit_answer() -> dict:
-    """What the document says of POST /edit's good answer besides its model."""
+    """What the document says of POST /edit's good answer in addition to its model."""
     headers = {
         "Server-Timing": ("Milliseconds of each stage: denoise;dur=12.3, ...", "string"),
         "X-Age-Ms": ("Milliseconds from the queue to done.", "number"),

@@ -1,8 +1,8 @@
 """POST /edit: one to three pictures in base64 and what to change, answered with the picture.
 
 What a request may cost is bounded before it costs it. Its place in the `EditQueue` is taken before its body is read,
-the bytes that all requests hold together are counted, the settings are checked before a picture is opened, and a
-picture's size before it is decoded. Everything is in the request: nothing is fetched and no path is opened for anybody.
+the bytes that all requests hold are counted, the settings are checked before a picture is opened, and a
+picture's size before it is decoded. Everything is in the request: nothing is fetched and no path is opened.
 
 The queue is fair by client address: of the edits that wait, the next is of the client with the fewest in the engine,
 and among those of the one whose last turn lies furthest back. One address may take half of the places, so it cannot
@@ -38,7 +38,7 @@ from serving.json_bounds import Bounds, read_json
 from serving.models import FORMATS, EditAnswer, check_edit
 
 MAX_BODY_BYTES = 64 * 2**20  # photographs in base64
-MAX_HELD_BYTES = 512 * 2**20  # bodies and opened pictures of all requests together
+MAX_HELD_BYTES = 512 * 2**20  # bodies and opened pictures of all requests
 BODY_TIMEOUT_S = 60.0
 EDIT_TIMEOUT_S = 600.0  # no edit takes so long: only an engine that hangs
 MAX_RETRY_AFTER_S = 60
@@ -64,7 +64,7 @@ class Ticket:
         self._queue.leave(self)
 
     def hold(self, count: int) -> None:
-        """This request now holds `count` bytes. Raises a Refusal when all together would hold too many."""
+        """This request now holds `count` bytes. Raises a Refusal, 503, when all requests would hold too many."""
         before, self.held_bytes = self.held_bytes, count
         if self._queue.held_bytes > MAX_HELD_BYTES:
             self.held_bytes = before
@@ -78,7 +78,11 @@ class Ticket:
 
 
 class EditQueue:
-    """At most `running()` requests in the engine and `waiting` before it. Used from one event loop only."""
+    """At most `running()` requests in the engine and `waiting` before it. Used from one event loop only.
+
+    A request takes its place with `enter`, waits with `Ticket.turn` until it may use the engine, and frees both with
+    `leave`, which the ticket calls when its `with` block ends.
+    """
 
     def __init__(self, running: Callable[[], int], waiting: int, frame_s: Callable[[], float]):
         """`frame_s` gives the seconds that a frame takes now: what Retry-After is estimated from."""
@@ -93,6 +97,7 @@ class EditQueue:
         return sum(ticket.held_bytes for ticket in self._tickets.values())
 
     def summary(self) -> dict[str, int]:
+        """Requests running and waiting, the places for both, and the bytes that they hold."""
         running = sum(ticket.running for ticket in self._tickets.values())
         return {
             "running": running,
@@ -102,7 +107,7 @@ class EditQueue:
         }
 
     def enter(self, client: str) -> Ticket:
-        """A place for a request of this client. Raises a Refusal when there is none."""
+        """A place for a request of this client. Raises a Refusal, 503, when there is none, or no more for this client."""
         places = self._running() + self._waiting
         own = sum(ticket.client == client for ticket in self._tickets.values())
         if len(self._tickets) >= places:
@@ -115,10 +120,12 @@ class EditQueue:
         return ticket
 
     def full(self, why: str) -> Refusal:
+        """The refusal, 503, that says why and when to try again. Returned, not raised."""
         seconds = math.ceil(len(self._tickets) * self._frame_s())
         return Refusal(503, f"{why} Try again later.", retry_after_s=min(max(seconds, 1), MAX_RETRY_AFTER_S))
 
     def leave(self, ticket: Ticket) -> None:
+        """Frees this ticket's place, and gives its turn to the next. Does nothing for one that has left."""
         self._tickets.pop(ticket.number, None)
         if all(other.client != ticket.client for other in self._tickets.values()):
             self._last_turns.pop(ticket.client, None)
@@ -228,7 +235,10 @@ async def read_body(request: Request, ticket: Ticket) -> bytes:
 
 
 class EditDesk:
-    """The handler of POST /edit and its queue."""
+    """The handler of POST /edit and its queue.
+
+    `edit` raises a Refusal or an EditError for every answer but a good one, and ClientDisconnect when the caller leaves.
+    """
 
     def __init__(self, holder: EngineHolder, pool: ThreadPoolExecutor, *, waiting: int):
         self._holder, self._pool = holder, pool

@@ -1,4 +1,4 @@
-"""How both programs end: SIGTERM or SIGINT, a word to everybody, exit code 0, within seconds; a second signal ends at once.
+"""How both programs end: SIGTERM or SIGINT, a sentence to every caller, exit code 0, within seconds; a second signal ends at once.
 
 The order matters. First the holder says that the program is stopping: a new edit is refused with a sentence, live sockets
 are closed with one. Then the engine closes, so that every edit in it fails at once and its caller is answered. Only then

@@ -10,7 +10,7 @@ from serving.decoding import Decoder
 
 
 class EngineHolder:
-    """The engine, or how far its loading has come. Written by the loader's thread, read by everybody."""
+    """The engine, or how far its loading has come. Written by the loader's thread, read by all others."""
 
     def __init__(self, engine=None, choice: dict | None = None):
         self._changed = threading.Condition()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pipeline.picture_files import EditError
 
 MAX_SCANS = 100  # of a JPEG; encoders write about 10
-MAX_SEGMENTS = 2_000  # of a JPEG, besides scans; a colour profile has at most 255
+MAX_SEGMENTS = 2_000  # of a JPEG, scans not counted; a colour profile has at most 255
 MAX_CHUNKS = 40_000  # of a PNG; 64 MB in pieces of 4 kB are 16,000
 MAX_WORK = 2_000_000_000  # pixels times scans; what no file says of itself counts as much
 _WEIGHT = 2  # a pixel of a PNG, WebP or GIF takes about as long as two of a JPEG
@@ -27,7 +27,7 @@ _ALONE = frozenset((0x01, 0xD8, *range(0xD0, 0xD8)))  # markers without a segmen
 
 @dataclass(frozen=True)
 class Cost:
-    """`work` in pixels. `extra_bytes` are what a file carries besides pixels (EXIF, profiles, text).
+    """`work` in pixels. `extra_bytes` are what a file carries in addition to pixels (EXIF, profiles, text).
 
     `size` is (width, height) of a format whose reader takes no longer than `work` says, whatever follows; else None.
     """
@@ -53,7 +53,7 @@ def _jpeg(data: bytes) -> Cost:
         if not scans:
             extra += marker - at  # fill bytes, which Pillow reads one by one
         kind, at = data[marker + 1], marker + 2
-        if kind == 0xD9:  # the end; what follows is another picture, which nobody opens
+        if kind == 0xD9:  # the end; what follows is another picture, which is not opened
             break
         if kind in _ALONE:
             continue

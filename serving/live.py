@@ -20,8 +20,8 @@ Each result carries `waited_ms` (time in the session's mailbox) and `period_ms` 
 this session). With a slow model the browser uses both to send one frame per edit, timed to arrive as the engine becomes
 free (webui/live/beat.js).
 
-The `LiveRoom` bounds what all connections together may take: sockets, and sessions of the engine. Some sessions are
-left for POST /edit, and whoever finds no session free waits in line and is told the position. A socket that has been
+The `LiveRoom` bounds what all connections may take: sockets, and sessions of the engine. Some sessions are
+left for POST /edit, and a connection that finds no session free waits in line and is told the position. A socket that has been
 silent for long is closed; the engine itself frees a session that has no frames.
 """
 

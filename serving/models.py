@@ -115,7 +115,7 @@ def _edit_model(name: str, count: int) -> type[EditBody]:
     fields["mode"] = (Literal[modes], Field(description=about, **unsaid))
     about = "Of the picture in a JSON answer; for bytes the Accept header says it."
     fields["format"] = (Literal[tuple(FORMATS)], Field(default="png", description=about))
-    about = "Short for cfg_scale: true is 4, as in the stock pipeline; false is 1, off. Not together with cfg_scale."
+    about = "Short for cfg_scale: true is 4, as in the stock pipeline; false is 1, off. Not with cfg_scale."
     fields["use_cfg"] = (bool, Field(default=False, description=about))
     for number, (reference, ordinal) in enumerate(zip(REFERENCES, ("second", "third"), strict=True), 2):
         there = (_picture(f"The {ordinal} picture, in base64."), ...)

@@ -1,7 +1,7 @@
 """What both programs do before they serve: read flags, choose the model that fits the machine, load it.
 
 `webui_realtime.py` and `server.py` take the same flags for what they share, and load in a thread that tells an
-`EngineHolder` how far it has come: a 60 GB model takes minutes, and whoever asks meanwhile should get an answer.
+`EngineHolder` how far it has come: a 60 GB model takes minutes, and who asks meanwhile should get an answer.
 """
 
 import argparse
@@ -117,9 +117,9 @@ def add_flags(parser: argparse.ArgumentParser, *, host: str, port: int) -> None:
 
 
 def check_flags(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Ends the program with usage when flags do not go together."""
+    """Ends the program with usage when flags contradict each other."""
     if (options.ssl_keyfile is None) != (options.ssl_certfile is None):
-        parser.error("--ssl-keyfile and --ssl-certfile go together")
+        parser.error("--ssl-keyfile and --ssl-certfile need each other")
     for file in (options.ssl_keyfile, options.ssl_certfile):
         if file is not None and not Path(file).is_file():
             parser.error(f"{file} is not a file")
@@ -146,7 +146,7 @@ def warn_if_open(host: str, *, locked: bool, share: bool = False) -> None:
     """Says so when others can reach the program and nothing is asked of them."""
     if not locked and (share or not is_loopback(host)):
         where = "knows the public link" if share else f"can reach {host}"
-        log.warning("anybody who %s may use this: --auth USER:PASSWORD or --api-key KEY locks it", where)
+        log.warning("all who %s may use this: --auth USER:PASSWORD or --api-key KEY locks it", where)
 
 
 # ------------------------------------------------------------------------------------------------------------- the choice
@@ -169,7 +169,7 @@ def choose_model(
     downloadable: bool,
 ) -> ModelChoice:
     """What to load, and why. `gpu_memory_gb` is what is free on the GPU, None without one; `at_hand` and
-    `downloadable` say where the real model's weights could come from; `lora` None means nobody asked for one.
+    `downloadable` say where the real model's weights could come from; `lora` None means that none was asked for.
     """
     own_lora = None if lora in (None, "none") else lora
     to_real = f"For the real model ({REAL_MEMORY_GB} GB of GPU memory) start with --model {REAL_MODEL}"
