@@ -32,6 +32,12 @@ def engine():
         yield engine
 
 
+@pytest.fixture
+def address(engine):
+    with serving(EngineHolder(engine)) as address:
+        yield address
+
+
 def asked(guard: Guard, path="/health", method="GET", **headers) -> httpx.Response:
     """One request of an application with this guard, without a socket."""
     app = FastAPI(routes=create_routes(EngineHolder(), guard=guard))
@@ -134,7 +140,7 @@ def test_a_refused_request_costs_no_place_and_its_body_is_not_read(engine):
         with contextlib.suppress(httpx.WriteError):  # refused while still being sent, which is as good
             assert post(address, None, content=chunks, headers={"content-type": "application/json"}).status_code == 401
         metrics = httpx.get(f"http://{address}/metrics", headers={"x-api-key": KEY}).text
-    assert 'queue_length{state="waiting"} 0' in metrics
+    assert 'queue_requests{state="waiting"} 0' in metrics
 
 
 # Origins and other sites
@@ -210,6 +216,52 @@ def test_an_unlocked_server_of_this_machine_answers_to_this_machines_names_only(
         assert asyncio.run(status(host)) == 200, host
     for host in ("evil.example", "evil.example:8086", "localhost.evil.example", "127.0.0.1.evil.example"):
         assert asyncio.run(status(host)) == 403, host
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://[", "http://localhost:1", ""])
+def test_a_page_of_another_origin_is_refused(address, origin):
+    assert handshake_status(address, Origin=origin) == 403
+    answer = post(address, {"image": b64(grey()), "prompt": "negative"}, headers={"origin": origin})
+    assert answer.status_code == 403
+
+
+def test_the_own_origin_and_the_one_a_proxy_names_are_let_in(address):
+    with Browser(address, origin=f"http://{address}") as browser:
+        assert browser.until("status")["state"] == "ready"
+    headers = {"x-forwarded-host": "editor.example"}
+    with Browser(address, origin="https://editor.example", additional_headers=headers) as browser:
+        assert browser.until("status")["state"] == "ready"
+
+
+def test_auth_guards_every_route_and_takes_basic_credentials(engine):
+    with serving(EngineHolder(engine), auth=("ann", "s3cret:ü")) as address:
+        body = {"image": b64(grey()), "prompt": "negative"}
+        good = {"authorization": "Basic " + base64.b64encode("ann:s3cret:ü".encode()).decode()}
+        wrong = {"authorization": "Basic " + base64.b64encode(b"ann:guess").decode()}
+        for headers in ({}, wrong, {"authorization": "Basic %%"}, {"cookie": "access-token-None=x"}):
+            assert httpx.get(f"http://{address}/health", headers=headers).status_code == 401
+            answer = post(address, body, headers=headers)
+            assert answer.status_code == 401 and "basic" in answer.headers["www-authenticate"].lower()
+            assert handshake_status(address, **headers) == 403
+        assert httpx.get(f"http://{address}/health", headers=good).status_code == 200
+        assert post(address, body, headers=good).status_code == 200
+        with Browser(address, additional_headers=good) as browser:
+            assert browser.until("status")["state"] == "ready"
+
+
+def test_the_login_cookie_of_the_page_opens_the_routes(engine):
+    app = FastAPI(routes=create_routes(EngineHolder(engine), ("ann", "s3cret")))
+    app.tokens, app.cookie_id = {"token-1": "ann"}, "abc"  # as gradio.routes.App keeps its logins
+
+    async def statuses():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return [
+                (await client.get("/health", headers={"cookie": f"access-token-unsecure-abc={token}"})).status_code
+                for token in ("token-1", "token-2", "")
+            ]
+
+    assert asyncio.run(statuses()) == [200, 401, 401]
 
 
 # Flags

@@ -2,6 +2,9 @@
 model looks like from outside. Over real sockets; the engine is real, its pipeline a stub that the test can hold."""
 
 import base64
+import contextlib
+import io
+import itertools
 import json
 import socket
 import struct
@@ -13,13 +16,14 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.http import PATIENCE_S, Browser, StubPipeline, b64, post, serving, wait_until
 from support.pictures import grey
 from websockets.exceptions import ConnectionClosed
 
-from pipeline.images import EditError, open_image
-from qwen_realtime import EngineConfig, RealtimeEngine
-from server import EngineHolder
+from pipeline.images import EditError, encode_png, open_image
+from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
+from server import EngineHolder, parse_edit
 from serving import edit as edit_module
 from serving import live as live_module
 from serving.access import Refusal, failure_kind
@@ -186,6 +190,142 @@ def test_an_error_of_the_server_itself_is_a_500_in_json_without_its_text(address
     assert answer.status_code == 500 and answer.json()["kind"] == "failed" and "division" not in answer.text
     monkeypatch.undo()
     assert post(address, body()).status_code == 200
+
+
+def test_edit_answers_the_edited_picture_at_its_own_shape(address, photo):
+    picture = photo(96, 64)
+    answer = post(address, {"image": b64(picture), "prompt": "negative", "seed": 7}).json()
+    image = open_image(base64.b64decode(answer["image"]))
+    assert image.shape == (52, 78, 3) and (answer["width"], answer["height"], answer["seed"]) == (78, 52, 7)
+    assert set(answer["stages_ms"]) >= {"encode_prompt", "denoise", "decode", "total"}
+
+
+def test_edit_is_exact_as_png_and_smaller_as_jpeg_and_takes_a_data_url(address, photo):
+    picture = photo(64, 64)
+    asked = {"image": "data:image/png;base64," + b64(picture), "prompt": "negative"}
+    assert np.array_equal(open_image(base64.b64decode(post(address, asked).json()["image"])), 255 - picture)
+    jpeg = base64.b64decode(post(address, asked | {"format": "jpeg"}).json()["image"])
+    assert Image.open(io.BytesIO(jpeg)).format == "JPEG"
+
+
+def test_pictures_wait_for_the_model_at_the_outputs_size(photo):
+    asked = {"image": b64(photo(640, 320)), "ref_image": b64(photo(100, 300)), "prompt": "x"}
+    pictures, _, _ = parse_edit(json.dumps(asked).encode(), 64)
+    assert pictures.size == (91, 46)
+    assert [image.shape for image in pictures.images] == [(46, 91, 3), (112, 37, 3)], "each in its own shape"
+    pictures, _, _ = parse_edit(json.dumps(asked | {"blend_ratio": 0.5}).encode(), 64)
+    assert [image.shape for image in pictures.images] == [(46, 91, 3)] * 2
+    pictures, _, _ = parse_edit(json.dumps(asked | {"reference_area": "stock"}).encode(), 64)
+    assert [image.shape for image in pictures.images] == [(320, 640, 3), (300, 100, 3)]
+
+
+@pytest.mark.parametrize(
+    "extra, mode, value",
+    [({}, "references", 200), ({"blend_ratio": 0.25}, "blend", 175), ({"mode": "references"}, "references", 200)],
+)
+def test_a_second_picture_is_blended_if_a_ratio_is_given_and_a_reference_if_not(address, stub, extra, mode, value):
+    asked = {"image": b64(grey(200)), "ref_image": b64(grey(100)), "prompt": "keep", **extra}
+    answer = post(address, asked)
+    assert answer.status_code == 200, answer.text
+    assert len(stub.references[-1]) == (1 if mode == "blend" else 2)
+    assert int(stub.references[-1][0][0, 0, 0]) == value
+
+
+def test_three_pictures_are_three_references_each_whole(address, stub):
+    asked = {"image": b64(grey(200)), "ref_image": b64(grey(100)), "ref_image_2": b64(grey(50)), "prompt": "keep"}
+    for extra in ({}, {"mode": "references"}, {"blend_ratio": 0.25}):
+        answer = post(address, asked | extra)
+        assert answer.status_code == 200, answer.text
+        assert [int(picture[0, 0, 0]) for picture in stub.references[-1]] == [200, 100, 50]
+    for extra, says in (({"mode": "blend"}, "Three pictures"), ({"mode": "edit"}, "Three pictures"),
+                        ({"ref_image": None}, '"ref_image_2" came without "ref_image"')):  # fmt: skip
+        answer = post(address, asked | extra)
+        assert answer.status_code == 400 and says in answer.json()["error"], answer.text
+
+
+def test_what_is_cut_or_padded_is_said_in_json_and_in_a_header(address, photo):
+    asked = {"image": b64(photo(96, 64)), "prompt": "negative", "width": 64, "height": 64}
+    note = "fit: picture 1 of 96x64 was cut to the shape of 64x64"
+    assert post(address, asked).json()["notes"] == [note]
+    bytes_answer = httpx.post(f"http://{address}/edit", json=asked, headers={"Accept": "image/png"})
+    assert bytes_answer.headers["x-notes"] == note
+    assert post(address, asked | {"height": None}).json()["notes"] == []
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"image": None}, "base64"),
+        ({"image": "%%%"}, "base64"),
+        ({"image": b64(b"no picture")}, "not a picture"),
+        ({"image": ""}, "empty"),
+        ({"image": b64(encode_png(grey(1))[:60])}, "picture"),
+        ({"prompt": "  "}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": "x" * 2001}, "2000"),
+        ({"steps": 9}, "1 to 8"),
+        ({"steps": True}, "1 to 8"),
+        ({"width": 65.5}, "whole number from 1 to 2048"),
+        ({"width": 100_000}, "2048"),
+        ({"blend_ratio": 1.5}, "0.0 to 1.0"),
+        ({"fit": "stretch"}, "crop, pad"),
+        ({"format": "gif"}, "png"),
+        ({"mode": "blend"}, "second picture"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_bad_input_is_a_400_that_says_what_is_allowed_and_the_next_edit_works(address, changes, says):
+    good = {"image": b64(grey()), "prompt": "negative"}
+    answer = post(address, good | changes)
+    assert answer.status_code == 400 and says in answer.json()["error"], answer.text
+    assert post(address, good).status_code == 200
+
+
+@pytest.mark.parametrize("missing", ["image", "prompt"])
+def test_a_missing_field_is_named(address, missing):
+    asked = {"image": b64(grey()), "prompt": "negative"}
+    del asked[missing]
+    answer = post(address, asked)
+    assert answer.status_code == 400 and f'"{missing}" is missing' in answer.json()["error"]
+
+
+def test_a_body_that_is_too_large_or_no_json_is_refused(address):
+    headers = {"content-type": "application/json"}
+    assert post(address, None, content=b"x" * 100, headers={"content-type": "text/plain"}).status_code == 415
+    assert post(address, None, content=b"{", headers=headers).status_code == 400
+    blocks = itertools.chain([b'{"image": "'], (b"A" * 2**20 for _ in range(MAX_BODY_BYTES // 2**20 + 1)))
+    with contextlib.suppress(httpx.WriteError):  # refused while still being sent, which is as good
+        assert post(address, None, content=blocks, headers=headers).status_code == 413
+    assert httpx.get(f"http://{address}/edit").status_code == 405
+
+
+def test_while_loading_edit_is_503_with_retry_after_and_when_failed_says_why():
+    holder = EngineHolder()
+    with serving(holder) as address:
+        answer = post(address, {})
+        assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0 and "loading" in answer.text
+        holder.fail("no such folder")
+        answer = post(address, {})
+        assert answer.status_code == 503 and "no such folder" in answer.text
+
+
+def test_when_all_places_are_taken_edit_is_503_with_retry_after(address, engine):
+    with contextlib.ExitStack() as sessions:
+        for _ in range(4):
+            sessions.enter_context(engine.open_session())
+        answer = post(address, {"image": b64(grey()), "prompt": "negative"})
+    assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
+
+
+def test_a_caller_who_hangs_up_frees_the_place(address, engine, stub):
+    stub.gate.clear()
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"http://{address}/edit",
+            json={"image": b64(grey()), "prompt": "negative"},
+            timeout=httpx.Timeout(PATIENCE_S, read=0.3),
+        )
+    wait_until(lambda: engine.stats().sessions == 0, "the session is closed")
 
 
 # The queue
@@ -410,3 +550,17 @@ def test_nothing_is_fetched_for_a_caller_and_no_path_is_opened(address, tmp_path
                 assert answer.status_code == 400 and "base64" in answer.json()["error"], answer.text
         with pytest.raises(TimeoutError):
             listener.accept()
+
+
+# On the embedded model
+
+
+def test_edit_on_the_embedded_model_equals_the_engine(pocket, photo):
+    picture = photo(160, 128)
+    with RealtimeEngine(pocket) as engine, serving(EngineHolder(engine)) as address:
+        asked = {"image": b64(picture), "prompt": "make it black and white", "width": 128, "height": 128, "seed": 5}
+        answer = post(address, asked)
+        assert answer.status_code == 200, answer.text
+        image = open_image(base64.b64decode(answer.json()["image"]))
+        params = EditParams(prompt="make it black and white", width=128, height=128, seed=5)
+        assert np.array_equal(image, engine.edit([picture], params).image)

@@ -61,6 +61,22 @@ def test_ready_tells_loading_warming_ready_and_failed_apart_while_health_is_alwa
     assert get(holder, "/health").status_code == 200
 
 
+def test_health_says_how_far_loading_is_then_what_runs():
+    holder = EngineHolder(choice={"model": "stub", "reason": "a test"})
+    with serving(holder) as address:
+        holder.progress("Reading", 0.4)
+        health = httpx.get(f"http://{address}/health").json()
+        assert (health["state"], health["text"], health["fraction"]) == ("loading", "Reading", 0.4)
+        with RealtimeEngine(StubPipeline()) as engine:
+            holder.ready(engine)
+            health = httpx.get(f"http://{address}/health").json()
+        assert health["state"] == "ready" and health["default_size"] == 64 and health["choice"]["reason"] == "a test"
+        assert health["description"]["model"] == "stub" and health["stats"]["sessions"] == 0
+        holder.fail("no such folder")
+        health = httpx.get(f"http://{address}/health").json()
+        assert (health["state"], health["text"]) == ("failed", "no such folder")
+
+
 def test_health_tells_model_choice_queue_live_views_and_memory(engine):
     health = get(EngineHolder(engine, {"model": "stub", "reason": "a test"}), "/health").json()
     assert health["choice"]["reason"] == "a test" and health["description"]["model"] == "stub"
@@ -208,7 +224,7 @@ def test_the_document_has_every_setting_with_the_engines_own_limits_and_defaults
             if field.name in CHOICES and field.name != "mode":
                 assert tuple(schema["enum"]) == CHOICES[field.name]
             if field.name not in ("prompt", "mode"):
-                assert schema["default"] == field.default
+                assert schema.get("default") == field.default
     modes = [body["properties"]["mode"] for body in bodies]
     assert (modes[0]["const"], modes[1]["enum"], modes[2]["const"]) == ("edit", ["blend", "references"], "references")
 

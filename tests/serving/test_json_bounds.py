@@ -1,11 +1,14 @@
-"""What a JSON text may cost to parse, and that it is known before it is parsed."""
+"""JSON from outside and from us: what a text may cost, known before it is parsed; what is none; what any value becomes."""
 
 import json
 import random
 
+import numpy as np
 import pytest
+import torch
 
 from pipeline.images import EditError
+from serving.access import plain
 from serving.json_bounds import MAX_OUTSIDE_BYTES, Bounds, check_json, read_json
 
 MB = 2**20
@@ -60,3 +63,15 @@ def test_depth_and_long_numbers_are_refused_outside_of_texts_only():
         with pytest.raises(EditError, match=says):
             check_json(text)
     check_json(b"[" * 64 + b"]" * 64)
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "[1]", '"text"', '{"a": NaN}', '{"a": -Infinity}', "[" * 100_000,
+                                  '{"a": "\\ud800"}', b"\xff\xfe{"])  # fmt: skip
+def test_what_is_no_json_object_is_an_edit_error(text):
+    with pytest.raises(EditError):
+        read_json(text)
+
+
+def test_plain_makes_json_of_anything():
+    value = {1: np.float32(2.0), "nan": float("nan"), "tuple": (1, None, True), "dtype": torch.float32}
+    assert json.dumps(plain(value)) == '{"1": 2.0, "nan": null, "tuple": [1, null, true], "dtype": "torch.float32"}'
