@@ -106,7 +106,7 @@ class EditParams:
             f"its other side too may have at most {LIMITS['width'][1]} pixels."
         ),
     )
-    height: int | None = field(default=None, metadata=_means("Of the result, in pixels; one side may be at most 200 times the other."))
+    height: int | None = field(default=None, metadata=_means("Of the result, in pixels."))
     seed: int = field(default=0, metadata=_means("The same seed, picture and settings give the same result."))
     cfg_scale: float = field(default=1.0, metadata=_means("True CFG; 1 is off, above it every step costs twice."))
     fit: str = field(
