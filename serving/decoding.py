@@ -394,6 +394,7 @@ class _Worker:
             if bytes(_read(process.stdout, bytearray(1))) != b"r":
                 raise EOFError
         except (OSError, EOFError):
+            self.killed += 1
             log.error("the process that opens pictures did not start (exit code %s)", process.wait())
             raise EditError("The picture could not be opened: the server's reader does not start. Its log says why.") from None
         finally:

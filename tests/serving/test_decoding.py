@@ -200,6 +200,7 @@ def test_what_is_opened_for_one_who_leaves_ends_at_once_waiting_or_at_work(limit
     waiting.sender.leave()
     at_work.sender.leave()
     assert isinstance(waiting.result(), Left) and isinstance(at_work.result(), Left)
+    assert decoder.summary()["killed"] == 1
     assert time.monotonic() - began < 3.0, "the picture was opened to its end"
     assert decoder.open(files()["webp"], Sender()).shape == (200, 300, 3)  # in a new process, which on busy cores takes a while
     with pytest.raises(Left):

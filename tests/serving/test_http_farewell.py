@@ -1,4 +1,4 @@
-"""How both programs end: in time, with code 0, with a word to everybody who waits."""
+"""How both programs end: in time, with code 0, with a sentence to all who wait."""
 
 import signal
 import socket
@@ -9,11 +9,16 @@ import time
 
 import httpx
 import pytest
+import uvicorn
 from support import ROOT
 from support.http import PATIENCE_S, b64, wait_until
 from support.pictures import grey
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
+
+import server
+from server import EngineHolder, create_app
+from serving.farewell import Farewell
 
 LIMIT_S = 5.0
 LARGE = {"image": b64(grey(128, 512, 512)), "prompt": "keep it", "width": 512, "height": 512, "steps": 8}
@@ -92,3 +97,13 @@ def test_a_second_signal_ends_it_at_once():
         "    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=PATIENCE_S).returncode == 128 + signal.SIGINT
+
+
+def test_a_server_that_ends_opens_no_more_pictures():
+    holder, farewell = EngineHolder(), Farewell()
+    farewell.asked.set()
+    config = uvicorn.Config(create_app(holder), port=0, lifespan="off", log_config=None)
+    server._Server(config, holder, threading.Thread(), farewell).run()
+    assert holder.status()["state"] == "stopping"
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        holder.decoder.pool.submit(int)
