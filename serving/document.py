@@ -177,7 +177,7 @@ def docs_page(document: dict, address: str) -> str:
     about, required = bodies[-1]["properties"], bodies[0]["required"]
     rows = [
         (name, "; ".join([*ways, *(["required"] if name in required else [])]), about[name].get("description", ""))
-        for name, ways in fields.items()
+        for name, ways in sorted(fields.items(), key=lambda item: item[0] not in required)
     ]
     answers = [(status, answer["description"]) for status, answer in edit["responses"].items()]
     others = [(path, item["get"]["description"]) for path, item in document["paths"].items() if "get" in item]

@@ -19,7 +19,8 @@ from pipeline.images import EditError
 from serving.access import FAILURES, KINDS
 from serving.decoding import LIMITS as PICTURE_LIMITS
 
-FORMATS = {"png": "image/png", "jpeg": "image/jpeg"}
+Format = Literal["png", "jpeg"]
+FORMATS: dict[Format, str] = {"png": "image/png", "jpeg": "image/jpeg"}
 STOCK_CFG_SCALE = 4.0  # `true_cfg_scale` of diffusers' QwenImageEditPlusPipeline, which `use_cfg` turns on
 REFERENCES = ("ref_image", "ref_image_2")  # the second and the third picture
 
@@ -38,9 +39,8 @@ def read_base64(value: Any) -> bytes:
         raise EditError(f"It is not base64: {error}.") from None
 
 
-def _picture(description: str) -> Any:
-    extra = {"format": "byte", "contentEncoding": "base64"}
-    return Annotated[bytes, BeforeValidator(read_base64), Field(description=description, json_schema_extra=extra)]
+Picture = Annotated[bytes, BeforeValidator(read_base64)]
+BASE64 = {"format": "byte", "contentEncoding": "base64"}  # what the document says of a Picture
 
 
 def _whole(value: Any) -> Any:
@@ -79,9 +79,15 @@ class EditBody(BaseModel):
         json_schema_extra={"not": {"required": ["use_cfg", "cfg_scale"]}},
     )
 
-    image: _picture(
-        "A picture file (JPEG, PNG, WebP, GIF, BMP, TIFF, ...) in base64; data:...;base64, in front is fine. "
-        + PICTURE_LIMITS.sentence()
+    image: Picture = Field(
+        description="A picture file (JPEG, PNG, WebP, GIF, BMP, TIFF, ...) in base64; data:...;base64, in front is fine. "
+        + PICTURE_LIMITS.sentence(),
+        json_schema_extra=BASE64,
+    )
+    format: Format = Field("png", description="Of the picture in a JSON answer; for bytes the Accept header says it.")
+    use_cfg: bool = Field(
+        False,
+        description="Short for cfg_scale: true is 4, as in the stock pipeline; false is 1, off. Not with cfg_scale.",
     )
 
     @model_validator(mode="after")
@@ -113,12 +119,8 @@ def _edit_model(name: str, count: int) -> type[EditBody]:
     unsaid = {"default_factory": lambda: "references"} if len(modes) > 1 else {"default": modes[0]}
     about = EditParams.__dataclass_fields__["mode"].metadata["means"]
     fields["mode"] = (Literal[modes], Field(description=about, **unsaid))
-    about = "Of the picture in a JSON answer; for bytes the Accept header says it."
-    fields["format"] = (Literal[tuple(FORMATS)], Field(default="png", description=about))
-    about = "Short for cfg_scale: true is 4, as in the stock pipeline; false is 1, off. Not with cfg_scale."
-    fields["use_cfg"] = (bool, Field(default=False, description=about))
     for number, (reference, ordinal) in enumerate(zip(REFERENCES, ("second", "third"), strict=True), 2):
-        there = (_picture(f"The {ordinal} picture, in base64."), ...)
+        there = (Picture, Field(description=f"The {ordinal} picture, in base64.", json_schema_extra=BASE64))
         fields[reference] = there if number <= count else (None, Field(default=None, description=f"No {ordinal} picture."))
     return create_model(name, __base__=EditBody, __module__=__name__, **fields)
 
@@ -188,7 +190,10 @@ class RefusalBody(BaseModel):
     """Every answer but a good one."""
 
     error: str = Field(description="What came and what is allowed.")
-    kind: Literal[tuple(sorted({*KINDS.values(), *FAILURES, "loading", "failed_to_load", "page_only", "stopping"}))]
+    kind: str = Field(
+        description="One word for programs.",
+        json_schema_extra={"enum": sorted({*KINDS.values(), *FAILURES, "loading", "failed_to_load", "page_only", "stopping"})},
+    )
     detail: str = Field(description="The same text as error.")
 
 
@@ -196,7 +201,7 @@ class EditAnswer(BaseModel):
     """The picture, and how it came about."""
 
     image: str = Field(description="The picture file.", json_schema_extra={"contentEncoding": "base64"})
-    format: Literal[tuple(FORMATS)]
+    format: Format
     width: int = Field(description="Pixels.")
     height: int = Field(description="Pixels.")
     seed: int

@@ -67,7 +67,7 @@ class StatusDesk:
         return Ready(state=status["phase"], text=status["text"], fraction=status["fraction"])
 
     async def metrics(self, request: Request) -> Response:
-        """The same in numbers, in Prometheus's text format, or in OpenMetrics if the Accept header asks for that."""
+        """What /health tells, in numbers: in Prometheus's text format, or in OpenMetrics if the Accept header asks for that."""
         try:
             encode, content_type = choose_encoder(request.headers.get("accept", ""))
         except (ValueError, TypeError):  # of a version that is no number
