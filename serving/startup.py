@@ -237,6 +237,7 @@ def probe_hub(model: str) -> tuple[bool, bool]:
 
 
 def start_engine(pipeline, config: EngineConfig) -> RealtimeEngine:
+    """The engine of this pipeline, its thread running. Raises what `RealtimeEngine` does, which `load_engine` reports."""
     return RealtimeEngine(pipeline, config).start()
 
 
