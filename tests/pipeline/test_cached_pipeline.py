@@ -132,10 +132,15 @@ def small_area(monkeypatch):
     monkeypatch.setattr(stock_module, "VAE_IMAGE_SIZE", 64 * 64)
 
 
+@pytest.mark.endurance  # a quarter of a minute: the suite has the same at a smaller area
 def test_same_as_stock_at_stock_reference_area(pocket, photo):
-    image = Image.fromarray(photo(300, 240))
-    against_stock(pocket, image, num_inference_steps=1, width=128, height=128)
-    assert pocket.encode_references(image).shapes == ((1, 58, 72),), "about a megapixel, in tokens of 16 pixels"
+    against_stock(pocket, Image.fromarray(photo(300, 240)), num_inference_steps=1, width=128, height=128)
+
+
+def test_a_reference_has_stocks_area_unless_another_is_asked_for(pocket, photo, monkeypatch):
+    monkeypatch.setattr(pocket, "_encode_pictures", lambda pictures, width, height: torch.zeros(1, width * height // 256, 64))
+    found = pocket.encode_references(Image.fromarray(photo(300, 240))).shapes
+    assert found == ((1, 58, 72),), "about a megapixel, in tokens of 16 pixels"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +194,7 @@ def test_several_pictures_per_prompt_are_rows_of_one_draw(pocket, photo):
         assert largest(rows[row], alone[0]) < BATCH_TOLERANCE
 
 
-def test_stock_output_types(pocket, photo):
+def test_stock_output_types(pocket, photo, small_area):
     image = photo(64, 64)
     floats = edit(pocket, image, output_type="np")
     assert floats.shape == (1, 64, 64, 3) and floats.dtype == np.float32
