@@ -44,16 +44,16 @@ from serving.farewell import SERVER_S, TOLD_S, Farewell, close_engine, end
 from serving.proxy import BehindProxy
 from serving.startup import add_flags, check_flags, create_guard, load_engine, port_number, warn_if_open
 from webui.api import Page, create_api
-from webui.composite import create_composite
+from webui.composite import CompositeTab
 from webui.controls import SHARE_SETTINGS, create_settings
 from webui.full_disk import handle_full_disk
 from webui.live import create_live
 from webui.mcp import answer_in_full, mcp_missing
 from webui.parts import asset, preset_chips
 from webui.theme import create_theme
-from webui.upload import create_upload
+from webui.upload import UploadTab
 from webui.uploads import own_folder, upload_folder
-from webui.video import create_video
+from webui.video import VideoTab
 from webui.video_edit import MAX_BYTES
 from webui.work import Jobs
 from webui.zero import ONE_AT_A_TIME, ZeroEngine, zero_gpu
@@ -104,11 +104,11 @@ def create_demo(holder: EngineHolder, *, jobs: Jobs | None = None, streams: bool
             else:
                 gr.Markdown(ONE_AT_A_TIME)
         with upload:
-            create_upload(holder, jobs, settings, presets)
+            UploadTab(holder, jobs, settings, presets)
         with composite:
-            create_composite(holder, jobs, settings, presets, pair_presets)
+            CompositeTab(holder, jobs, settings, presets, pair_presets)
         with video:
-            create_video(holder, jobs, settings, presets)
+            VideoTab(holder, jobs, settings, presets)
         demo.load(fn=None, inputs=settings.all(), js=SHARE_SETTINGS, api_visibility="private")
         demo.unload(leave)
     return demo

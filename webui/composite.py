@@ -1,4 +1,4 @@
-"""The tab for two pictures: laid on each other, mixed, or both given to the model.
+"""The tab for two pictures: one placed on the other, mixed, or both given to the model.
 
 The first two make one flat picture, which the page draws while the controls move (`collage.js`) and which is then
 edited like any other. With "Edit while I move things" each position is edited too, as fast as the engine can: Gradio
@@ -52,75 +52,161 @@ def flatten(first: np.ndarray, second: np.ndarray, mode: str, place: list[float]
     return [first, second], {"mode": mode, "blend_ratio": ratio}
 
 
-def create_composite(
-    holder: EngineHolder, jobs: Jobs, settings: Settings, presets: list[dict], pair_presets: list[dict]
-) -> None:
-    with gr.Row(elem_classes="areas"):
-        with gr.Column(elem_classes="area-source"):
-            with gr.Row(elem_classes="pair"):
-                with gr.Column(elem_classes="slot slot-1", min_width=120):
-                    first = create_picture("Picture 1", 230, camera=True)
-                with gr.Column(elem_classes="slot slot-2", min_width=120):
-                    second = create_picture("Picture 2", 230, camera=False)
-            swap = gr.Button("⇄ Swap the pictures", size="sm", elem_id="composite-swap")
-            offer_place = gr.Column()
-            mode = gr.Radio(
-                [("Blend, then edit", "blend"), ("Collage, then edit", "collage"), ("Both as references", "references")],
-                value="blend",
-                label="How the two are used",
-            )
-            with gr.Column() as flat:
-                preview = gr.HTML(
-                    html_template=asset("collage.html"), css_template=asset("collage.css"),
-                    js_on_load=asset("collage.js"), apply_default_css=False,
+class CompositeTab:
+    """The tab: its layout when it is made, then what its controls do."""
+
+    def __init__(self, holder: EngineHolder, jobs: Jobs, settings: Settings, presets: list[dict], pair_presets: list[dict]):
+        self._holder, self._jobs, self._settings = holder, jobs, settings
+        with gr.Row(elem_classes="areas"):
+            with gr.Column(elem_classes="area-source"):
+                self._create_pictures()
+                self._create_controls()
+            self.prompt, self.button, self.stop = create_ask("composite", jobs)
+            with self.offer_place:
+                self.offer = Offer(self.prompt, settings)
+            with gr.Column(elem_classes="area-chips"):
+                self._create_presets(presets, pair_presets)
+            with gr.Column(elem_classes="area-result"):
+                self.output = gr.Image(
+                    label="Result", alt_text="Edited picture", type="filepath", format="png", interactive=False, height=380,
+                    buttons=["fullscreen"],
                 )  # fmt: skip
-                ratio = gr.Slider(
-                    *LIMITS["blend_ratio"],
-                    value=EditParams(prompt="-").blend_ratio,
-                    step=0.01,
-                    label="Blend ratio",
-                    info="0 is picture 1 alone, 1 is picture 2 alone.",
-                )
-                with gr.Column(visible=False) as place_controls:
-                    across = gr.Slider(*PLACES["across"], value=0.5, step=0.01, label="Across", info="Of picture 2's middle.")
-                    down = gr.Slider(*PLACES["down"], value=0.5, step=0.01, label="Down", info="Of picture 2's middle.")
-                    scale = gr.Slider(*PLACES["scale"], value=0.4, step=0.01, label="Scale", info="Its width; 1 is picture 1's.")
-                    opacity = gr.Slider(*PLACES["opacity"], value=1.0, step=0.01, label="Opacity", info="0 is unseen.")
-                live = gr.Checkbox(False, label="Edit while I move things", elem_id="composite-live")
-        prompt, button, stop = create_ask("composite", jobs)
-        with offer_place:
-            offer = Offer(prompt, settings)
-        with gr.Column(elem_classes="area-chips"):
-            with gr.Column() as chips:  # in columns: a gr.HTML loses its presets when it is itself shown or hidden
-                create_chips(presets, prompt)
-            with gr.Column(visible=False) as pair_chips:
-                with gr.Row(elem_classes="buttons"):
-                    names = [gr.Button(f"Name picture {number}", size="sm", min_width=120) for number in (1, 2)]
-                create_chips(pair_presets, prompt)
-        with gr.Column(elem_classes="area-result"):
-            output = gr.Image(
-                label="Result",
-                alt_text="Edited picture",
-                type="filepath",
-                format="png",
-                interactive=False,
-                height=380,
-                buttons=["fullscreen"],
+                self.download, self.text, self.again = create_outcome("composite", "Use as picture 1")
+        self._connect()
+        self._connect_in_the_browser()
+
+    # Layout
+
+    def _create_pictures(self) -> None:
+        with gr.Row(elem_classes="pair"):
+            with gr.Column(elem_classes="slot slot-1", min_width=120):
+                self.first = create_picture("Picture 1", 230, camera=True)
+            with gr.Column(elem_classes="slot slot-2", min_width=120):
+                self.second = create_picture("Picture 2", 230, camera=False)
+        self.swap = gr.Button("⇄ Swap the pictures", size="sm", elem_id="composite-swap")
+        self.offer_place = gr.Column()
+
+    def _create_controls(self) -> None:
+        """How the two are used, and where they lie."""
+        self.mode = gr.Radio(
+            [("Blend, then edit", "blend"), ("Collage, then edit", "collage"), ("Both as references", "references")],
+            value="blend",
+            label="How the two are used",
+        )
+        with gr.Column() as self.flat:
+            self.preview = gr.HTML(
+                html_template=asset("collage.html"), css_template=asset("collage.css"),
+                js_on_load=asset("collage.js"), apply_default_css=False,
+            )  # fmt: skip
+            self.ratio = gr.Slider(
+                *LIMITS["blend_ratio"],
+                value=EditParams(prompt="-").blend_ratio,
+                step=0.01,
+                label="Blend ratio",
+                info="0 is picture 1 alone, 1 is picture 2 alone.",
             )
-            download, text, again = create_outcome("composite", "Use as picture 1")
+            with gr.Column(visible=False) as self.place_controls:
+                across = gr.Slider(*PLACES["across"], value=0.5, step=0.01, label="Across", info="Of picture 2's middle.")
+                down = gr.Slider(*PLACES["down"], value=0.5, step=0.01, label="Down", info="Of picture 2's middle.")
+                scale = gr.Slider(*PLACES["scale"], value=0.4, step=0.01, label="Scale", info="Its width; 1 is picture 1's.")
+                opacity = gr.Slider(*PLACES["opacity"], value=1.0, step=0.01, label="Opacity", info="0 is unseen.")
+            self.place = {"across": across, "down": down, "scale": scale, "opacity": opacity}
+            self.live = gr.Checkbox(False, label="Edit while I move things", elem_id="composite-live")
 
-    place = [across, down, scale, opacity]
-    shows = [output, download, text, settings.seed, button, stop, again]
+    def _create_presets(self, presets: list[dict], pair_presets: list[dict]) -> None:
+        with gr.Column() as self.chips:  # in columns: a gr.HTML loses its presets when it is itself shown or hidden
+            create_chips(presets, self.prompt)
+        with gr.Column(visible=False) as self.pair_chips:
+            with gr.Row(elem_classes="buttons"):
+                self.names = [gr.Button(f"Name picture {number}", size="sm", min_width=120) for number in (1, 2)]
+            create_chips(pair_presets, self.prompt)
 
-    def made(request, path_1, path_2, mode, ratio, prompt, place, values, progress) -> dict:
+    # What happens
+
+    def _connect(self) -> None:
+        made = [self.output, self.download, self.text, self._settings.seed, self.again]
+        pictures = [self.first, self.second, self.mode, self.ratio, *self.place.values()]
+        inputs = {self.prompt, *pictures, *self._settings.all()}
+        on_edit(self.button, self.prompt, self._edit, inputs, [*made, self.button, self.stop])
+        gr.on(
+            [control.change for control in (*pictures, self.live)],
+            self._edit_live,
+            {self.live, *inputs},
+            made,
+            api_visibility="private",
+            show_progress="hidden",
+            concurrency_limit=EDITS_AT_A_TIME,
+            concurrency_id="edit",
+            trigger_mode="always_last",
+        )
+        on_upload(self.first, self._jobs, self.offer)
+        on_upload(self.second, self._jobs, self.offer)
+        self.mode.change(
+            lambda mode: [gr.update(visible=visible) for visible in (
+                mode != "references", mode == "blend", mode == "collage", mode != "references", mode == "references",
+            )],
+            self.mode,
+            [self.flat, self.ratio, self.place_controls, self.chips, self.pair_chips],
+            api_visibility="private",
+            show_progress="hidden",
+        )  # fmt: skip
+
+    def _connect_in_the_browser(self) -> None:
+        """What needs no server: the preview, which may move picture 2 itself, the swap, the way back, the names."""
+        pair, place = [self.first, self.second], self.place
+        shared = [*pair, self.mode, *place.values(), self.ratio]
+        gr.on([control.change for control in shared], fn=None, inputs=shared, js=SHARE_COLLAGE, api_visibility="private")
+        self.preview.input(
+            fn=None,
+            js="(at) => [at.across, at.down, at.scale]",
+            inputs=self.preview,
+            outputs=[place["across"], place["down"], place["scale"]],
+            api_visibility="private",
+        )
+        self.swap.click(fn=None, js="(a, b) => [b, a]", inputs=pair, outputs=pair, api_visibility="private")
+        self.again.click(fn=None, js="(file) => file", inputs=self.output, outputs=self.first, api_visibility="private")
+        for number, button in enumerate(self.names, 1):
+            js = NAME_PICTURE.replace("NUMBER", str(number))
+            button.click(fn=None, js=js, inputs=self.prompt, outputs=self.prompt, api_visibility="private")
+
+    def _edit(self, values: dict, request: gr.Request, progress=gr.Progress()):  # noqa: B008 - how Gradio wants it
+        yield {self.button: gr.update(interactive=False), self.stop: gr.update(interactive=True)}
+        answer = {}
+        try:
+            answer = self._made(values, request, progress)
+        except EditError as error:
+            toast(error)
+        except Stopped:
+            gr.Info("Stopped.")
+        yield answer | {self.button: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
+
+    def _edit_live(self, values: dict, request: gr.Request) -> dict:
+        """For each change of a control, if that is wanted and all is there."""
+        there = values[self.first] is not None and values[self.second] is not None and (values[self.prompt] or "").strip()
+        if not values[self.live] or values[self.mode] == "references" or not there:
+            return {self.text: gr.skip()}
+        settings = self._settings
+        steady = {settings.locked: True, settings.seed: values[settings.seed] or 0}  # another seed at each place would flicker
+        try:
+            return self._made(values | steady, request, lambda *_, **__: None)
+        except EditError as error:
+            toast(error)
+        except Stopped:
+            pass  # Edit was pressed: its own result comes
+        return {self.text: gr.skip()}
+
+    def _made(self, values: dict, request: gr.Request, progress) -> dict:
         """What the tab is to show after this edit. Raises EditError, Stopped."""
-        check_chosen(path_1, "picture 1")
-        check_chosen(path_2, "picture 2")
-        with jobs.start(request.session_hash, "composite") as job:
-            engine = wait_for_engine(holder, job, progress)
-            pictures = [(path_1, "picture 1"), (path_2, "picture 2")]
-            images, own = flatten(*(read_picture(*each, job.open) for each in pictures), mode, place, ratio)
-            params = edit_params(prompt, images[0].shape[1::-1], engine.default_size, values, **own)
+        files = [(values[self.first], "picture 1"), (values[self.second], "picture 2")]
+        for path, name in files:
+            check_chosen(path, name)
+        place = [values[control] for control in self.place.values()]
+        with self._jobs.start(request.session_hash, "composite") as job:
+            engine = wait_for_engine(self._holder, job, progress)
+            pair = [read_picture(path, name, job.open) for path, name in files]
+            images, own = flatten(*pair, values[self.mode], place, values[self.ratio])
+            settings = self._settings.values_in(values)
+            params = edit_params(values[self.prompt], images[0].shape[1::-1], engine.default_size, settings, **own)
             progress(0.0, desc="Reading the prompt and the pictures")
             pictures = at_output_size(images, params, engine.default_size, engine.config.max_pixels)
             result = run_edit(
@@ -128,83 +214,10 @@ def create_composite(
                 lambda step, of: progress((step, of), desc=f"Step {step} of {of}"),
             )  # fmt: skip
         path = save_png(result, engine.description["model"])
-        download_button = gr.update(value=path, interactive=True)
         return {
-            output: path,
-            download: download_button,
-            text: describe(result),
-            settings.seed: params.seed,
-            again: gr.update(interactive=True),
+            self.output: path,
+            self.download: gr.update(value=path, interactive=True),
+            self.text: describe(result),
+            self._settings.seed: params.seed,
+            self.again: gr.update(interactive=True),
         }
-
-    def edit(request: gr.Request, path_1, path_2, mode, ratio, prompt, *values, progress=gr.Progress()):  # noqa: B008
-        yield {button: gr.update(interactive=False), stop: gr.update(interactive=True)}
-        answer = {}
-        try:
-            answer = made(request, path_1, path_2, mode, ratio, prompt, values[:4], values[4:], progress)
-        except EditError as error:
-            toast(error)
-        except Stopped:
-            gr.Info("Stopped.")
-        yield answer | {button: gr.update(interactive=True), stop: gr.update(interactive=False)}
-
-    def edit_live(request: gr.Request, live, path_1, path_2, mode, ratio, prompt, *values):
-        if not live or mode == "references" or path_1 is None or path_2 is None or not (prompt or "").strip():
-            return {text: gr.skip()}
-        seed, locked = settings.all().index(settings.seed) + 4, settings.all().index(settings.locked) + 4
-        values = [*values[:locked], True, *values[locked + 1 :]]  # another seed at each place would flicker
-        values[seed] = values[seed] or 0
-        try:
-            return made(request, path_1, path_2, mode, ratio, prompt, values[:4], values[4:], lambda *_, **__: None)
-        except EditError as error:
-            toast(error)
-        except Stopped:
-            pass  # Edit was pressed: its own result comes
-        return {text: gr.skip()}
-
-    inputs = [first, second, mode, ratio, prompt, *place, *settings.all()]
-    on_edit(button, prompt, edit, inputs, shows)
-    gr.on(
-        [control.change for control in (first, second, mode, ratio, *place, live)],
-        edit_live,
-        [live, *inputs],
-        [output, download, text, settings.seed, again],
-        api_visibility="private",
-        show_progress="hidden",
-        concurrency_limit=EDITS_AT_A_TIME,
-        concurrency_id="edit",
-        trigger_mode="always_last",
-    )
-    _connect_in_the_browser(preview, first, second, mode, ratio, place, swap, again, output, names, prompt)
-    on_upload(first, jobs, offer)
-    on_upload(second, jobs, offer)
-    mode.change(
-        lambda mode: [gr.update(visible=visible) for visible in (
-            mode != "references", mode == "blend", mode == "collage", mode != "references", mode == "references",
-        )],
-        mode,
-        [flat, ratio, place_controls, chips, pair_chips],
-        api_visibility="private",
-        show_progress="hidden",
-    )  # fmt: skip
-
-
-def _connect_in_the_browser(preview, first, second, mode, ratio, place, swap, again, output, names, prompt) -> None:
-    """What needs no server: the preview, which may move picture 2 itself, the swap, the way back, the names."""
-    across, down, scale, _ = place
-    shared = [first, second, mode, *place, ratio]
-    gr.on([control.change for control in shared], fn=None, inputs=shared, js=SHARE_COLLAGE, api_visibility="private")
-    preview.input(
-        fn=None,
-        js="(at) => [at.across, at.down, at.scale]",
-        inputs=preview,
-        outputs=[across, down, scale],
-        api_visibility="private",
-    )
-    swap.click(
-        fn=None, js="(a, b) => [b, a]", inputs=[first, second], outputs=[first, second], api_visibility="private"
-    )
-    again.click(fn=None, js="(file) => file", inputs=output, outputs=first, api_visibility="private")
-    for number, button in enumerate(names, 1):
-        js = NAME_PICTURE.replace("NUMBER", str(number))
-        button.click(fn=None, js=js, inputs=prompt, outputs=prompt, api_visibility="private")

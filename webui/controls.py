@@ -30,6 +30,10 @@ class Settings:
     def all(self) -> list:
         return list(vars(self).values())
 
+    def values_in(self, values: dict) -> list:
+        """These controls' values, in the same order, of a handler's {component: value}."""
+        return [values[control] for control in self.all()]
+
 
 # The live view reads what the shared controls say from here; see sendParams in live/settings.js.
 SHARE_SETTINGS = """(steps, size, shape, seed, locked, cfg_scale, negative_prompt) => {

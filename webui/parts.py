@@ -99,7 +99,7 @@ def create_outcome(name: str, again_label: str) -> tuple[gr.DownloadButton, gr.M
     return download, text, again
 
 
-def on_edit(button: gr.Button, prompt: gr.Textbox, edit: Callable, inputs: list, outputs: list) -> None:
+def on_edit(button: gr.Button, prompt: gr.Textbox, edit: Callable, inputs: set, outputs: list) -> None:
     """Edit, by the button or by Enter in the prompt. The first of `outputs` shows the progress."""
     gr.on(
         [button.click, prompt.submit],

@@ -21,108 +21,119 @@ BLEND_STILL = 0.8  # pocket model, still scene with camera noise: 0.4 of the fli
 START_FROM_PREVIOUS = 0.0
 
 
-def create_video(holder: EngineHolder, jobs: Jobs, settings: Settings, presets: list[dict]) -> None:
-    with gr.Row(elem_classes="areas"):
-        with gr.Column(elem_classes="area-source"):
-            source = gr.Video(label="Video", sources=["upload"], height=320)
-            take_file(source)
-            limits = f"At most {MAX_SECONDS / 60:g} minutes and {MAX_BYTES // 2**20} MB. The sound is kept as it is."
-            gr.Markdown(limits, elem_classes="result-text")
-            with gr.Accordion("Steadiness", open=False):
-                blend_still = gr.Slider(
-                    *LIMITS["blend_still"], value=BLEND_STILL, step=0.05, label="Hold still parts",
-                    info="How much of the last result stays where the picture does not move.",
-                )  # fmt: skip
-                start = gr.Slider(
-                    *LIMITS["start_from_previous"], value=START_FROM_PREVIOUS, step=0.05, label="Start from the last result",
-                    info="More is steadier, and follows changes later.",
-                )  # fmt: skip
-                reuse = gr.Checkbox(
-                    False, label="Compute only what changes", info="Faster where little moves. An approximation."
-                )
-        prompt, button, stop = create_ask("video", jobs)
-        with gr.Column(elem_classes="area-chips"):
-            create_chips(presets, prompt)
-        with gr.Column(elem_classes="area-result"):
-            preview = gr.Image(
-                label="The frame that was edited last", alt_text="The frame that was edited last", format="jpeg",
-                interactive=False, height=320, buttons=["fullscreen"],
-            )  # fmt: skip
-            video = gr.Video(label="Edited video", interactive=False, visible=False, height=320)
-            text = gr.Markdown("Progress will be written here.", elem_classes=["result-text", "video-progress"])
-            download = gr.DownloadButton("Download the video", interactive=False)
+class VideoTab:
+    """The tab: its layout when it is made, then what its controls do."""
 
-    def edit(request: gr.Request, path, prompt, blend_still, start, reuse, *values, progress=gr.Progress()):  # noqa: B008
-        own = steadiness(blend_still, start, reuse)
+    def __init__(self, holder: EngineHolder, jobs: Jobs, settings: Settings, presets: list[dict]):
+        self._holder, self._jobs, self._settings = holder, jobs, settings
+        with gr.Row(elem_classes="areas"):
+            with gr.Column(elem_classes="area-source"):
+                self._create_source()
+            self.prompt, self.button, self.stop = create_ask("video", jobs)
+            with gr.Column(elem_classes="area-chips"):
+                create_chips(presets, self.prompt)
+            with gr.Column(elem_classes="area-result"):
+                self.preview = gr.Image(
+                    label="The frame that was edited last", alt_text="The frame that was edited last", format="jpeg",
+                    interactive=False, height=320, buttons=["fullscreen"],
+                )  # fmt: skip
+                self.video = gr.Video(label="Edited video", interactive=False, visible=False, height=320)
+                self.text = gr.Markdown("Progress will be written here.", elem_classes=["result-text", "video-progress"])
+                self.download = gr.DownloadButton("Download the video", interactive=False)
+        self._connect()
+
+    def _create_source(self) -> None:
+        self.source = gr.Video(label="Video", sources=["upload"], height=320)
+        take_file(self.source)
+        limits = f"At most {MAX_SECONDS / 60:g} minutes and {MAX_BYTES // 2**20} MB. The sound is kept as it is."
+        gr.Markdown(limits, elem_classes="result-text")
+        with gr.Accordion("Steadiness", open=False):
+            self.blend_still = gr.Slider(
+                *LIMITS["blend_still"], value=BLEND_STILL, step=0.05, label="Hold still parts",
+                info="How much of the last result stays where the picture does not move.",
+            )  # fmt: skip
+            self.start = gr.Slider(
+                *LIMITS["start_from_previous"], value=START_FROM_PREVIOUS, step=0.05, label="Start from the last result",
+                info="More is steadier, and follows changes later.",
+            )  # fmt: skip
+            info = "Faster where little moves. An approximation."
+            self.reuse = gr.Checkbox(False, label="Compute only what changes", info=info)
+
+    def _connect(self) -> None:
+        gr.on(
+            [self.button.click, self.prompt.submit],
+            self._edit,
+            {self.source, self.prompt, self.blend_still, self.start, self.reuse, *self._settings.all()},
+            [self.preview, self.video, self.text, self.download, self._settings.seed, self.button, self.stop],
+            api_visibility="private",
+            show_progress_on=self.text,  # over the preview it would hide what is being made
+            concurrency_limit=VIDEOS_AT_A_TIME,
+            concurrency_id="video",
+            trigger_mode="once",
+        )
+        self.button.click(fn=None, js=SHOW_RESULT, api_visibility="private")
+
+    # What happens
+
+    def _edit(self, values: dict, request: gr.Request, progress=gr.Progress()):  # noqa: B008 - how Gradio wants it
         yield {
-            button: gr.update(interactive=False), stop: gr.update(interactive=True),
-            preview: gr.update(value=None, visible=True), video: gr.update(value=None, visible=False),
-            download: gr.update(interactive=False), text: "",
+            self.button: gr.update(interactive=False), self.stop: gr.update(interactive=True),
+            self.preview: gr.update(value=None, visible=True), self.video: gr.update(value=None, visible=False),
+            self.download: gr.update(interactive=False), self.text: "",
         }  # fmt: skip
         try:
-            with jobs.start(request.session_hash, "video") as job:
-                yield from edited(job, path, prompt, values, own, progress)
+            with self._jobs.start(request.session_hash, "video") as job:
+                yield from self._edited(job, values, progress)
         except EditError as error:
             toast(error)
         except Stopped:
             gr.Info("Stopped before the first frame.")
-        yield {button: gr.update(interactive=True), stop: gr.update(interactive=False)}
+        yield {self.button: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
 
-    def edited(job: Job, path: str | None, prompt: str, values: tuple, own: dict, progress):
+    def _edited(self, job: Job, values: dict, progress):
         """What the tab shows while the video is edited, and at its end."""
+        path = values[self.source]
         if path is None:
             raise EditError("Choose a video first: drop a file, or press the upload field.")
         info = probe(path)
-        engine = wait_for_engine(holder, job, progress)
-        params = edit_params(prompt, (info.width, info.height), engine.default_size, values, **own)
+        engine = wait_for_engine(self._holder, job, progress)
+        own = steadiness(values[self.blend_still], values[self.start], values[self.reuse])
+        settings = self._settings.values_in(values)
+        params = edit_params(values[self.prompt], (info.width, info.height), engine.default_size, settings, **own)
         folder = new_folder()
         try:
             with job.session(engine) as session:
                 edit = editor(session, params, job)
                 frames = edit_video(path, folder, edit, telling_name(params), stopped=lambda: job.stopped)
-                yield from shown(frames, folder / "frame.jpg", info, params, progress)
+                yield from self._shown(frames, folder / "frame.jpg", info, params, progress)
         finally:
             (folder / "frame.jpg").unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # the edited video is in it
                 folder.rmdir()
 
-    def shown(frames, preview_file: Path, info: VideoInfo, params: EditParams, progress):
+    def _shown(self, frames, preview_file: Path, info: VideoInfo, params: EditParams, progress):
         started = shown = time.monotonic()
         for step in frames:
             now = time.monotonic()
             if isinstance(step, Outcome):
-                yield finished(step, params, now - started)
+                yield self._finished(step, params, now - started)
             elif step.number == 1 or now - shown >= SHOW_EVERY_S:
                 shown = now
                 progress(step.share or 0.0, desc=how_far(step, info.frames, now - started))
                 with writing(preview_file):  # Gradio itself would leave half a file on a full disk
                     preview_file.write_bytes(encode_jpeg(step.picture))
-                yield {preview: str(preview_file)}
+                yield {self.preview: str(preview_file)}
 
-    def finished(outcome: Outcome, params: EditParams, seconds: float) -> dict:
+    def _finished(self, outcome: Outcome, params: EditParams, seconds: float) -> dict:
         speed = f"{counted(outcome.frames)} in {seconds:.1f} s · {outcome.frames / seconds:.1f} frames/s"
         said = f"{speed} · {params.width}×{params.height} · seed {params.seed}"
         return {
-            preview: gr.update(visible=False),
-            video: gr.update(value=str(outcome.path), visible=True),
-            download: gr.update(value=str(outcome.path), interactive=True),
-            text: "<br>".join([said, *outcome.notes]),
-            settings.seed: params.seed,
+            self.preview: gr.update(visible=False),
+            self.video: gr.update(value=str(outcome.path), visible=True),
+            self.download: gr.update(value=str(outcome.path), interactive=True),
+            self.text: "<br>".join([said, *outcome.notes]),
+            self._settings.seed: params.seed,
         }
-
-    shows = [preview, video, text, download, settings.seed, button, stop]
-    gr.on(
-        [button.click, prompt.submit],
-        edit,
-        [source, prompt, blend_still, start, reuse, *settings.all()],
-        shows,
-        api_visibility="private",
-        show_progress_on=text,  # over the preview it would hide what is being made
-        concurrency_limit=VIDEOS_AT_A_TIME,
-        concurrency_id="video",
-        trigger_mode="once",
-    )
-    button.click(fn=None, js=SHOW_RESULT, api_visibility="private")
 
 
 def steadiness(blend_still: float = BLEND_STILL, start: float = START_FROM_PREVIOUS, reuse: bool = False) -> dict:
