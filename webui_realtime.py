@@ -43,7 +43,7 @@ from serving.door import Door
 from serving.farewell import SERVER_S, TOLD_S, Farewell, close_engine, end
 from serving.proxy import BehindProxy
 from serving.startup import add_flags, check_flags, create_guard, load_engine, port_number, warn_if_open
-from webui.api import Page, create_api
+from webui.api import Endpoints, Page
 from webui.composite import CompositeTab
 from webui.controls import SHARE_SETTINGS, create_settings
 from webui.full_disk import handle_full_disk
@@ -81,7 +81,7 @@ def create_demo(holder: EngineHolder, *, jobs: Jobs | None = None, streams: bool
         jobs.stop(request.session_hash)  # nobody would look at what it still edits
 
     with Page(title=TITLE, delete_cache=(600, 4 * 3600)) as demo:
-        create_api(holder, jobs)  # first: the endpoints' names are theirs
+        Endpoints(holder, jobs)  # first: the endpoints' names are theirs
         gr.HTML(
             html_template=asset("header.html"), css_template=asset("header.css"),
             js_on_load=asset("header.js") + asset("paste.js") + asset("names.js"), apply_default_css=False, elem_id="header",

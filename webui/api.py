@@ -55,13 +55,37 @@ class Page(gr.Blocks):
             raise gr.Error(disk_full(error), print_exception=False) from None
 
 
-def create_api(holder: EngineHolder, jobs: Jobs) -> None:
-    """Two endpoints over components that nobody sees: they say the types and the defaults."""
+class Endpoints:
+    """Two endpoints over components that no one sees: they say the types and the defaults."""
 
-    def made(request: gr.Request, name: str, pictures: list, prompt, flat, settings: dict) -> tuple[str, dict]:
+    def __init__(self, holder: EngineHolder, jobs: Jobs):
+        self._holder, self._jobs = holder, jobs
+        self._create()
+
+    def _create(self) -> None:
+        with gr.Column(visible=False):
+            image, ref_image = gr.Image(label="Picture", type="filepath"), gr.Image(label="Picture 2", type="filepath")
+            take_file(image)
+            take_file(ref_image)
+            prompt = gr.Textbox(label="Prompt")
+            common = _common_components()
+            mode = gr.Dropdown(MODES, value="references", label="Mode", allow_custom_value=True)
+            ratio = gr.Number(EditParams.blend_ratio, label="Blend ratio")
+            middles = {"across": 0.5, "down": 0.5, "scale": 0.4, "opacity": 1.0}
+            place = [gr.Number(middles[name], label=name.capitalize()) for name in PLACES]
+            picture, about = gr.Image(label="Edited picture", type="filepath", format="png"), gr.JSON(label="About it")
+            for name, function, inputs in (
+                ("edit", self.edit, [image, prompt, *common]),
+                ("composite", self.composite, [image, ref_image, prompt, mode, ratio, *place, *common]),
+            ):
+                gr.Button(name).click(
+                    function, inputs, [picture, about], api_name=name, concurrency_limit=EDITS_AT_A_TIME, concurrency_id="edit",
+                )  # fmt: skip
+
+    def _made(self, request: gr.Request, name: str, pictures: list, prompt, flat, settings: dict) -> tuple[str, dict]:
         try:
-            with jobs.start(request.session_hash or "", f"api {name} {id(request)}") as job:
-                engine = wait_for_engine(holder, job, lambda *_, **__: None)
+            with self._jobs.start(request.session_hash or "", f"api {name} {id(request)}") as job:
+                engine = wait_for_engine(self._holder, job, lambda *_, **__: None)
                 images, own = flat([read_picture(path, which, job.open) for path, which in pictures])
                 params = EditParams(prompt=prompt or "", **settings, **own)
                 pictures = at_output_size(images, params, engine.default_size, engine.config.max_pixels)
@@ -82,7 +106,7 @@ def create_api(holder: EngineHolder, jobs: Jobs) -> None:
         return saved, plain(about)
 
     def edit(
-        request: gr.Request, image, prompt, steps, width, height, seed, cfg_scale, negative_prompt, fit, reference_area
+        self, request: gr.Request, image, prompt, steps, width, height, seed, cfg_scale, negative_prompt, fit, reference_area
     ):
         """Edits a picture by an instruction in words.
 
@@ -102,10 +126,10 @@ def create_api(holder: EngineHolder, jobs: Jobs) -> None:
             The edited picture as a PNG file with its settings inside, and its size, seed, timings and notes.
         """
         settings = _settings(steps, width, height, seed, cfg_scale, negative_prompt, fit, reference_area)
-        return made(request, "edit", [(image, "a picture")], prompt, lambda images: (images, {}), settings)
+        return self._made(request, "edit", [(image, "a picture")], prompt, lambda images: (images, {}), settings)
 
     def composite(
-        request: gr.Request, image, ref_image, prompt, mode, blend_ratio, across, down, scale, opacity,
+        self, request: gr.Request, image, ref_image, prompt, mode, blend_ratio, across, down, scale, opacity,
         steps, width, height, seed, cfg_scale, negative_prompt, fit, reference_area,
     ):  # fmt: skip
         """Edits two pictures together by an instruction in words.
@@ -139,26 +163,7 @@ def create_api(holder: EngineHolder, jobs: Jobs) -> None:
             return flatten(*images, mode, [across, down, scale, opacity], blend_ratio)
 
         settings = _settings(steps, width, height, seed, cfg_scale, negative_prompt, fit, reference_area)
-        return made(request, "composite", [(image, "picture 1"), (ref_image, "picture 2")], prompt, flat, settings)
-
-    with gr.Column(visible=False):
-        image, ref_image = gr.Image(label="Picture", type="filepath"), gr.Image(label="Picture 2", type="filepath")
-        take_file(image)
-        take_file(ref_image)
-        prompt = gr.Textbox(label="Prompt")
-        common = _common_components()
-        mode = gr.Dropdown(MODES, value="references", label="Mode", allow_custom_value=True)
-        ratio = gr.Number(EditParams.blend_ratio, label="Blend ratio")
-        middles = {"across": 0.5, "down": 0.5, "scale": 0.4, "opacity": 1.0}
-        place = [gr.Number(middles[name], label=name.capitalize()) for name in PLACES]
-        picture, about = gr.Image(label="Edited picture", type="filepath", format="png"), gr.JSON(label="About it")
-        for name, function, inputs in (
-            ("edit", edit, [image, prompt, *common]),
-            ("composite", composite, [image, ref_image, prompt, mode, ratio, *place, *common]),
-        ):
-            gr.Button(name).click(
-                function, inputs, [picture, about], api_name=name, concurrency_limit=EDITS_AT_A_TIME, concurrency_id="edit",
-            )  # fmt: skip
+        return self._made(request, "composite", [(image, "picture 1"), (ref_image, "picture 2")], prompt, flat, settings)
 
 
 def _common_components() -> list:
