@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for chatty in ("httpx", "httpcore", "uvicorn.error"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    guard, holder = create_guard(options), EngineHolder()
+    guard, holder = create_guard(options, local_pages=True), EngineHolder()
     warn_if_open(options.host, locked=guard.locked)
     config = uvicorn.Config(
         BehindProxy(

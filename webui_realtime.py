@@ -149,7 +149,7 @@ def launch(holder: EngineHolder, options: argparse.Namespace) -> gr.Blocks:
     os.environ["GRADIO_SSR_MODE"] = "false"  # its Node proxy would answer our routes with a page and hang our sockets
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["FORWARDED_ALLOW_IPS"] = ""  # uvicorn must leave the peer's address to `BehindProxy`
-    guard, jobs = create_guard(options), Jobs(holder.decoder)
+    guard, jobs = create_guard(options, local_pages=False), Jobs(holder.decoder)
     warn_if_open(options.host, locked=guard.locked, share=options.share)
     demo = create_demo(holder, jobs=jobs, streams=not zero_gpu())
     routes = create_routes(holder, guard=guard)

@@ -125,17 +125,18 @@ def check_flags(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
             parser.error(f"{file} is not a file")
 
 
-def create_guard(options: argparse.Namespace) -> Guard:
+def create_guard(options: argparse.Namespace, *, local_pages: bool) -> Guard:
     """Who may come in. Without a lock a program of this machine answers only to this machine's names: a page of any
     site could make its own name point here (DNS rebinding) and would then be of the same origin. In a Space the
-    platform's proxy is the only way in, under names that it chooses.
+    platform's proxy is the only way in, under names that it chooses. `local_pages`: whether pages that this machine serves
+    at other ports may use it where nothing is locked.
     """
     guard = Guard(options.auth, options.api_key, origins=options.cors)
     if guard.locked or not is_loopback(options.host) or os.environ.get("SPACE_ID"):
         return guard
     public = urlsplit(options.root_path).hostname
     hosts = (*LOOPBACK_NAMES, *options.allow_host, *([public] if public else []))
-    return Guard(origins=options.cors, hosts=hosts, local_pages=True)
+    return Guard(origins=options.cors, hosts=hosts, local_pages=local_pages)
 
 
 def is_loopback(host: str) -> bool:

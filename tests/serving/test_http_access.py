@@ -206,7 +206,7 @@ def test_what_a_browser_sends_by_itself_counts_for_our_own_page_only_even_when_e
 
 
 def test_an_unlocked_server_of_this_machine_answers_to_this_machines_names_only(engine):
-    app = create_app(EngineHolder(engine), create_guard(parse_args(["--allow-host", "editor.local"])))
+    app = create_app(EngineHolder(engine), create_guard(parse_args(["--allow-host", "editor.local"]), local_pages=True))
 
     async def status(host):
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
@@ -283,7 +283,7 @@ def test_the_defaults_are_loopback_port_8086_closed_to_other_sites_and_no_lock(m
     options = parse_args([])
     assert (options.host, options.port, options.cors, options.api_key) == ("127.0.0.1", 8086, [], None)
     monkeypatch.setenv(KEY_VARIABLE, KEY)
-    assert parse_args([]).api_key == KEY and create_guard(parse_args([])).locked
+    assert parse_args([]).api_key == KEY and create_guard(parse_args([]), local_pages=True).locked
 
 
 def test_sharing_without_a_lock_is_warned_of(caplog):

@@ -104,10 +104,17 @@ def test_an_unlocked_page_of_this_machine_answers_to_this_machines_names_only_on
 
 def test_no_page_of_another_site_can_make_the_browser_change_anything(served):
     for path in ("queue/join", "call/edit", "upload", "reset", "cancel", "run/predict", "component_server"):
-        # Other pages of this machine may come where nothing is locked, and a name that begins like this machine's may not.
-        for origin in ("https://evil.test", "null", f"http://127.0.0.1.evil.test:{served.port}", "http://localhost@evil.test"):
+        another_port = f"http://127.0.0.1:{served.port + 1}"  # such a page may use `server.py`, which has no person's pictures
+        for origin in (
+            "https://evil.test", "null", another_port, "http://localhost:3000", f"http://127.0.0.1.evil.test:{served.port}",
+            "http://localhost@evil.test",
+        ):  # fmt: skip
             answer = served.post(f"/gradio_api/{path}", {}, origin=origin)
             assert answer.status_code == 403, (path, origin, answer.text)
+    for path, body in (("edit", {"image": "", "prompt": "x"}), ("gradio_api/call/edit", {"data": []})):
+        assert served.post(f"/{path}", body, origin="http://localhost:3000").status_code == 403, path
+    with page("--cors", "http://localhost:3000") as other:
+        assert other.post("/gradio_api/call/edit", {"data": []}, origin="http://localhost:3000").status_code != 403
     assert served.get("/logout", **{"sec-fetch-site": "cross-site"}).status_code == 403
     assert served.get("/logout", referer="https://evil.test/").status_code == 403
     assert served.get("/logout", **{"sec-fetch-site": "same-origin"}).status_code != 403

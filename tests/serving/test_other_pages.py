@@ -138,7 +138,7 @@ def test_what_went_wrong_is_where_the_page_looks_for_it(server):
 
 def test_a_locked_or_a_public_server_lets_no_page_in_that_is_not_listed():
     for flags in (["--api-key", "k3y-of-the-house"], ["--auth", "ann:s3cret"], ["--host", "0.0.0.0"]):
-        guard = create_guard(parse_args(flags))
+        guard = create_guard(parse_args(flags), local_pages=True)
         assert isinstance(guard, Guard) and not guard.allows_origin("http://localhost:3000"), flags
-        assert create_guard(parse_args([*flags, "--cors", "http://localhost:3000"])).allows_origin("http://localhost:3000")
-    assert create_guard(parse_args([])).allows_origin("http://localhost:3000")
+        assert create_guard(parse_args([*flags, "--cors", "http://localhost:3000"]), local_pages=True).allows_origin("http://localhost:3000")
+    assert create_guard(parse_args([]), local_pages=True).allows_origin("http://localhost:3000")

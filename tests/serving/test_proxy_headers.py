@@ -82,7 +82,7 @@ def test_the_prefix_is_cut_off_where_the_proxy_left_it_on_and_a_route_of_that_na
 
 
 def test_a_name_that_was_pointed_here_is_refused_whatever_it_says_of_a_proxy():
-    guard = create_guard(parse_args(["--root-path", "https://editor.example/edit"]))
+    guard = create_guard(parse_args(["--root-path", "https://editor.example/edit"]), local_pages=True)
 
     def verdict(**headers):
         async def tell(scope, receive, send):
