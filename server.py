@@ -49,6 +49,7 @@ from serving.models import EditAnswer, Ready
 from serving.proxy import BehindProxy
 from serving.startup import add_flags, check_flags, create_guard, load_engine, warn_if_open
 from serving.status import StatusDesk
+from serving.version import VERSION
 
 __all__ = [
     "MAX_BODY_BYTES", "EngineHolder", "Guard", "create_app", "create_routes", "main",
@@ -178,6 +179,7 @@ class _Server(uvicorn.Server):
 def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log.info("version %s", VERSION)
     for chatty in ("httpx", "httpcore", "uvicorn.error"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     guard, holder = create_guard(options, local_pages=True), EngineHolder()

@@ -43,6 +43,7 @@ from serving.door import Door
 from serving.farewell import SERVER_S, TOLD_S, Farewell, close_engine, end
 from serving.proxy import BehindProxy
 from serving.startup import add_flags, check_flags, create_guard, load_engine, port_number, warn_if_open
+from serving.version import VERSION
 from webui.api import Endpoints, Page
 from webui.composite import CompositeTab
 from webui.controls import SHARE_SETTINGS, create_settings
@@ -205,6 +206,7 @@ def launch(holder: EngineHolder, options: argparse.Namespace) -> gr.Blocks:
 def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log.info("version %s", VERSION)
     for chatty in ("httpx", "httpcore"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     holder = EngineHolder()

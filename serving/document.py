@@ -26,6 +26,7 @@ from serving.access import FAILURES
 from serving.edit import MAX_BODY_BYTES
 from serving.models import EDIT_BODIES, FORMATS, RefusalBody, allowed
 from serving.proxy import public_address
+from serving.version import VERSION
 
 ANSWERS = {
     400: "Bad input. The text says what came and what is allowed.",
@@ -115,7 +116,7 @@ def openapi(routes: Sequence[BaseRoute]) -> dict:
     """The OpenAPI document of these routes."""
     return get_openapi(
         title="Realtime image editor",
-        version="1",
+        version=VERSION,
         description="Edits pictures by instruction with Qwen-Image-Edit. Live views use the socket /live.",
         servers=[{"url": "."}],  # where this document is, whatever a proxy puts in front of it
         routes=routes,

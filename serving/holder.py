@@ -7,6 +7,7 @@ import threading
 
 from serving.access import plain
 from serving.decoding import Decoder
+from serving.version import VERSION
 
 
 class EngineHolder:
@@ -53,13 +54,14 @@ class EngineHolder:
             self._changed.notify_all()
 
     def status(self) -> dict:
-        """{"state": "loading" | "ready" | "failed" | "stopping", "phase", "text", "fraction", "choice"}; when ready, what runs.
+        """{"state": "loading" | "ready" | "failed" | "stopping", "phase", "text", "fraction", "choice", "version"}; when ready, what runs.
 
         The phase is the state, but "warming" in the last part of "loading".
         """
         with self._changed:
             status = {"state": self._state, "phase": self._phase, "text": self._text, "fraction": self._fraction}
-            status["choice"], engine = self.choice, self._engine
+            status |= {"choice": self.choice, "version": VERSION}
+            engine = self._engine
         failure = getattr(engine, "failure", None)  # of a thread that died: `ready` was true once
         if failure is not None and status["state"] == "ready":
             status |= {"state": "failed", "phase": "failed", "text": failure}

@@ -254,6 +254,7 @@ class Health(BaseModel):
     text: str
     fraction: float = Field(description="How far the loading is: 0 to 1.")
     choice: dict[str, Any] = Field(description="Which model, and why.")
+    version: str = Field(description="Of this program; see CHANGELOG.md.")
     queue: QueueLoad
     live: LiveLoad
     decoder: DecoderLoad

@@ -23,6 +23,7 @@ from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
 from serving.access import LOOPBACK_NAMES, Guard
 from serving.holder import EngineHolder
 from serving.proxy import ROOT_PATH, TRUSTED
+from serving.version import VERSION
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ def sessions(text: str) -> int:
 def add_flags(parser: argparse.ArgumentParser, *, host: str, port: int) -> None:
     """The flags that both programs have; `host` and `port` are the defaults."""
     add = parser.add_argument
+    add("--version", action="version", version=VERSION)
     add("--model", default="auto", help='"auto" (default), "pocket", a Hugging Face id or a folder')
     add("--lora", help='"none", "lightning-4", "lightning-8", a .safetensors file or a Hugging Face id')
     add("--lora-weight", type=float, default=1.0, help="how strongly the LoRA is fused in (default 1)")

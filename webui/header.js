@@ -16,12 +16,15 @@ function show(health) {
       .filter(Boolean).join(" · ").replaceAll("torch.", "");
   } else if (health.state === "failed") {
     $(".what").textContent = `The model could not be loaded: ${health.text}`;
+  } else if (health.state === "stopping") {
+    $(".what").textContent = health.text;
   } else {
     $(".what").textContent = `Loading ${choice.model || "the model"}: ${percent} % · ${health.text}`;
   }
   $("details").hidden = !choice.reason;
   $(".reason").textContent = choice.reason || "";
   $(".other").textContent = choice.how_to_get_other || "";
+  $(".version").textContent = `Version ${health.version}`;
 }
 
 async function ask() {

@@ -25,6 +25,7 @@ from pipeline.images import blend, encode_png, fit, open_image
 from qwen_realtime import EditParams, EditResult
 from serving.holder import EngineHolder
 from serving.startup import REAL_LORA, REAL_MODEL, choose_model
+from serving.version import VERSION
 from webui.collage import collage
 from webui.controls import edit_params
 from webui.parts import preset_chips
@@ -201,6 +202,7 @@ def test_the_page_tells_how_loading_goes_what_runs_and_why(program, open_page):
     assert "pocket" in header.inner_text() and "cpu" in header.inner_text()
     page.get_by_text("Why this model?").click()
     assert "--model pocket" in header.inner_text() and REAL_MODEL in header.inner_text()
+    assert f"Version {VERSION}" in header.inner_text()
     assert "The pocket model was asked for" in program.log.read_text()
 
 
