@@ -26,7 +26,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 from skimage.registration import phase_cross_correlation
 
-from benchmarks.benchmark import environment
+from benchmarks.result_file import environment
 from benchmarks.videos import PHOTOS
 from cached_pipeline import CachedQwenImageEditPipeline, load_pipeline
 from engine.fitting import size_in_shape

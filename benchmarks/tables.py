@@ -240,7 +240,7 @@ def _linear(path: Path, result: dict) -> str:
     for heading, name in columns.items():
         cells[heading] = [f"{mean[name]:.2f}x" if name in mean else MISSING for mean in means]
     what = "against bf16: in place, what the fast path runs for a layer, with quantisation, bias and epilogue; alone, `F.linear`"
-    return f"{_machine(path, result)}; {what} (see `benchmarks/linear.py`).\n\n{_markdown(cells)}"
+    return f"{_machine(path, result)}; {what} (see `benchmarks/quantized/layers.py`).\n\n{_markdown(cells)}"
 
 
 def _quality(path: Path, result: dict) -> str:

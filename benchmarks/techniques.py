@@ -4,7 +4,7 @@
     python -m benchmarks.techniques --weights random --size 512 --frames 14 --live-seconds 1 --more-videos "30% changed"
     python -m benchmarks.techniques --only reuse --videos "30% changed"      # what it is compared with runs too
 
-A technique is some changed settings (see TECHNIQUES). It runs as a client's session would, on synthetic videos of real
+A technique is some changed settings (see `benchmarks/catalogue.py`). It runs as a client's session would, on synthetic videos of real
 photographs (see `videos`), and twice on each:
 
 - In stream: the next frame is put into the session's mailbox as soon as the engine has taken the last. So every
@@ -47,7 +47,7 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -56,8 +56,10 @@ import torch
 from PIL import Image
 
 import fast_path
-from benchmarks.benchmark import Budget, ResultFile, environment, reason_of
+from benchmarks import catalogue
+from benchmarks.catalogue import Technique, chosen
 from benchmarks.instruments import Memory
+from benchmarks.result_file import Budget, ResultFile, environment, reason_of
 from benchmarks.subjects import LeftOutError, random_pipeline
 from benchmarks.videos import SCENES, changed_share, scene, video
 from cached_pipeline import QUANTIZATIONS, load_pipeline, quantization_kind
@@ -71,64 +73,8 @@ MOST_PASSES = 4  # of a video in a session, until nothing is made any more in th
 CAMERA_FPS = 30
 PATIENCE_S = 120.0  # for one frame
 SAME_DB = 100.0
-BOTH = ("still", "moving")
-CHANGED = tuple(name for name in SCENES if name.endswith("% changed"))
 ONE_PICTURE = [edit.name for edit in EDITS if edit.pictures == 1 and edit.name in WORDINGS]
 EDIT_NAMES = ("pencil sketch", "sepia", "watercolour")  # lines, colours, areas: the pocket model does all three well
-
-
-@dataclass(frozen=True)
-class Technique:
-    """A row: what is changed, on which videos, and what it is compared with."""
-
-    name: str
-    params: dict = field(default_factory=dict)  # of EditParams
-    config: dict = field(default_factory=dict)  # of EngineConfig
-    videos: tuple[str, ...] = BOTH
-    against: str = "plain"
-    new_prompt: bool = False  # in the middle of the video
-    pace: float = 0.0  # the target rate, of what plain reached on the same video: the same strain on every machine
-
-
-GUIDED, SWITCHED = "guidance 4: two passes", "new prompt: at once"
-TECHNIQUES = (
-    Technique("plain", videos=BOTH + CHANGED),
-    Technique("VLM every 5 frames", {"embeds": "every", "embeds_every": 5}),
-    Technique("VLM when the picture changed", {"embeds": "changed"}),
-    Technique("VLM once a prompt", {"embeds": "kept"}),
-    Technique("VLM in the background", {"embeds": "every", "embeds_every": 1, "embeds_background": True}),
-    Technique("similarity filter: frame", {"skip_similar": "frame"}),
-    Technique("similarity filter: patch", {"skip_similar": "patch"}),
-    Technique("stream batch", {"stream_batch": True}),
-    Technique("no pipelining", config={"pipelining": False}),
-    Technique("start from the last result, 0.3", {"start_from_previous": 0.3}),
-    Technique("start from the last result, 0.3, motion-aware", {"start_from_previous": 0.3, "motion_aware": True}),
-    Technique("blend where still, 0.7", {"blend_still": 0.7}),
-    Technique("blend where still, 0.7, motion-aware", {"blend_still": 0.7, "motion_aware": True}),
-    Technique(
-        "start 0.15 and blend 0.7, motion-aware",
-        {"start_from_previous": 0.15, "blend_still": 0.7, "motion_aware": True},
-    ),
-    Technique("reuse: references over the steps", {"reuse": "steps"}),
-    Technique("reuse: over frames", {"reuse": "frames"}, videos=BOTH + CHANGED),
-    Technique(
-        "for 30 frames/s: reuse over frames, VLM once", {"reuse": "frames", "embeds": "kept"}, videos=BOTH + CHANGED
-    ),
-    Technique("pace: 1.5 times plain's rate", pace=1.5),
-    Technique(GUIDED, {"cfg_scale": 4.0}),
-    Technique("guidance 4: one pass of two", {"cfg_scale": 4.0, "cfg_mode": "batched"}, against=GUIDED),
-    Technique("guidance 4: self-negative", {"cfg_scale": 4.0, "cfg_mode": "self_negative"}, against=GUIDED),
-    Technique("guidance 4: onetime-negative", {"cfg_scale": 4.0, "cfg_mode": "onetime_negative"}, against=GUIDED),
-    Technique(SWITCHED, videos=("still",), against=SWITCHED, new_prompt=True),
-    Technique(
-        "new prompt: over 8 frames, linear", {"transition_frames": 8},
-        videos=("still",), against=SWITCHED, new_prompt=True,
-    ),
-    Technique(
-        "new prompt: over 8 frames, spherical", {"transition_frames": 8, "transition": "spherical"},
-        videos=("still",), against=SWITCHED, new_prompt=True,
-    ),
-)  # fmt: skip
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
@@ -346,7 +292,7 @@ def measure(bench: Bench, technique: Technique, name: str, engine: RealtimeEngin
                 ages = before_camera(session, pipeline, frames, params[-1], args.live_seconds)
         shots = runs[-1].shots
         outputs = [at_size_of(shot.result.image, frame) for shot, frame in zip(shots, frames, strict=True)]
-        if any(technique.name == other.against for other in TECHNIQUES):
+        if any(technique.name == other.against for other in catalogue.TECHNIQUES):
             bench.outputs[technique.name, name, edit] = outputs
         if args.weights == "pocket":
             right = bench.right(technique, name, edit)
@@ -415,28 +361,6 @@ def _means(stages_ms: list[dict]) -> dict:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
-
-
-def chosen(only: list[str], videos: list[str], more_videos: list[str]) -> list[tuple[Technique, tuple[str, ...]]]:
-    """The techniques whose name contains one of `only`, and those that they are compared with, each with its videos.
-
-    `videos` stand in the place of a technique's own, `more_videos` beside them unless it has but one.
-    """
-    wanted: dict[str, tuple[str, ...]] = {}
-    for technique in TECHNIQUES:
-        if only and not any(part.lower() in technique.name.lower() for part in only):
-            continue
-        own = videos or technique.videos
-        names = tuple(dict.fromkeys((*own, *(more_videos if len(own) > 1 else ()))))
-        also = wanted.get(technique.against, ())
-        wanted[technique.name] = names
-        wanted[technique.against] = tuple(dict.fromkeys(also + names))
-        by_name = {t.name: t for t in TECHNIQUES}
-        if by_name[technique.against].against != technique.against:  # what it is compared with has one itself
-            wanted["plain"] = tuple(dict.fromkeys(wanted.get("plain", ()) + names))
-    # Those of one engine's config follow each other: a new engine is a new thread.
-    order = [t for t in TECHNIQUES if not t.config] + [t for t in TECHNIQUES if t.config]
-    return [(technique, wanted[technique.name]) for technique in order if technique.name in wanted]
 
 
 def load(args, device: torch.device):
@@ -530,7 +454,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     # Without right answers another edit tells nothing new.
     args.edits = args.edits or list(EDIT_NAMES if args.weights == "pocket" else EDIT_NAMES[:1])
     if args.only and not chosen(args.only, args.videos, args.more_videos):
-        parser.error(f"--only is {' '.join(args.only)}. Names: {', '.join(t.name for t in TECHNIQUES)}")
+        parser.error(f"--only is {' '.join(args.only)}. Names: {', '.join(t.name for t in catalogue.TECHNIQUES)}")
     return args
 
 

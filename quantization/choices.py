@@ -1,6 +1,6 @@
 """How 8-bit products are computed: what an H200 was measured to do fastest, and what other GPUs measure for themselves.
 
-`benchmarks.linear` found the tables. Elsewhere, and for shapes that are not in them, a shape's ways are measured against
+`benchmarks.quantized layers` found the tables. Elsewhere, and for shapes that are not in them, a shape's ways are measured against
 each other the first time it comes, never while a CUDA graph is recorded. The reason stays readable (`Choice.reason`).
 """
 

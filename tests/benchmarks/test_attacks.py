@@ -6,8 +6,8 @@ import random
 import pytest
 from PIL import UnidentifiedImageError
 
-from benchmarks import attacks
-from benchmarks.attack_hooks import cheaper
+from benchmarks.serving import attacks
+from benchmarks.serving.attack_hooks import cheaper
 from benchmarks.tables import attack_counts
 from pipeline.images import EditError, open_image
 

@@ -11,6 +11,7 @@ import torch
 from diffusers import QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
 from PIL import Image
+from support import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -293,7 +294,7 @@ def test_tables_show_a_known_file_as_it_is(tmp_path):
     assert lines[-1] == "Not measured: torchao (torchao is not installed)."
 
 
-SECTIONS = DOCUMENTS[benchmark.ROOT / "benchmarks" / "README.md"]
+SECTIONS = DOCUMENTS[ROOT / "benchmarks" / "README.md"]
 
 
 def test_an_edited_table_and_a_stale_one_fail_the_check(tmp_path):
@@ -330,7 +331,7 @@ def test_tables_can_be_made_of_the_files_in_the_project():
     quantized, techniques = quantized_tables(), technique_tables()
     texts = {"benchmark": tables(), **dict.fromkeys(("memory", "linear", "quality"), quantized)}
     texts |= dict.fromkeys(("techniques", "soak"), techniques) | {"attacks": attack_counts()}
-    for path in benchmark.ROOT.glob("benchmarks/results/*.json"):
+    for path in ROOT.glob("benchmarks/results/*.json"):
         kind = kind_of(json.loads(path.read_text()))
         assert kind is None or f"(`benchmarks/results/{path.name}`)" in texts[kind]
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from benchmarks import linear, tables
+from benchmarks import tables
+from benchmarks.quantized import layers as linear
 
 
 def row(kind: str, rows: int, bf16: float, ours: float, norm: float) -> dict:

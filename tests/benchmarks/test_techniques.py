@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import soak, techniques, videos
+from benchmarks import catalogue, techniques, videos
+from benchmarks.catalogue import TECHNIQUES, Technique
+from benchmarks.serving import soak
 from benchmarks.tables import quantized_tables, tables, technique_tables, write_tables
-from benchmarks.techniques import TECHNIQUES, WARMUP, Technique, differences, main, psnr_db, right_answer
+from benchmarks.techniques import WARMUP, differences, main, psnr_db, right_answer
 from cached_pipeline import load_pipeline
 from engine.policies import changed_tokens
 from pipeline import placement
@@ -139,7 +141,7 @@ def test_every_technique_gets_its_row(tmp_path, capsys, loaded):
 
 def test_a_technique_that_fails_costs_its_own_row_and_those_compared_with_it(tmp_path, monkeypatch, loaded):
     bad = Technique("bad", {"steps": 99})
-    monkeypatch.setattr(techniques, "TECHNIQUES", (Technique("plain"), bad, Technique("after bad", against="bad")))
+    monkeypatch.setattr(catalogue, "TECHNIQUES", (Technique("plain"), bad, Technique("after bad", against="bad")))
     status, result = run_small(tmp_path)
     assert status == 1 and [row["technique"] for row in result["rows"]] == ["plain"]
     assert result["left_out"]["bad: still"].startswith("failed: EditError: steps is 99")
@@ -189,10 +191,10 @@ def test_time_that_is_over_leaves_a_valid_file(tmp_path, loaded):
 
 
 def test_asked_for_alone_a_technique_brings_what_it_is_compared_with():
-    found = {technique.name: names for technique, names in techniques.chosen(["self-negative"], ["still"], [])}
-    assert found == {"plain": ("still",), techniques.GUIDED: ("still",), "guidance 4: self-negative": ("still",)}
-    assert next(technique.name for technique, _ in techniques.chosen([], [], [])) == "plain"
-    more = {technique.name: names for technique, names in techniques.chosen(["pace"], [], ["30% changed"])}
+    found = {technique.name: names for technique, names in catalogue.chosen(["self-negative"], ["still"], [])}
+    assert found == {"plain": ("still",), catalogue.GUIDED: ("still",), "guidance 4: self-negative": ("still",)}
+    assert next(technique.name for technique, _ in catalogue.chosen([], [], [])) == "plain"
+    more = {technique.name: names for technique, names in catalogue.chosen(["pace"], [], ["30% changed"])}
     assert more["pace: 1.5 times plain's rate"] == ("still", "moving", "30% changed")
     assert more["plain"] == ("still", "moving", "30% changed")
 

@@ -8,7 +8,7 @@ from support.engine import BatchingFake, FakePipeline
 from support.http import StubPipeline
 
 from benchmarks.live_view import ROOT, PassThrough
-from benchmarks.soak import ThroughPipeline
+from benchmarks.serving.soak import ThroughPipeline
 from engine import contract
 
 PROTOCOLS = (contract.Pipeline, contract.StreamBatchPipeline, contract.FadingPipeline)

@@ -22,7 +22,7 @@ from support import ROOT
 from support.http import b64, serving
 from support.pictures import grey
 
-from benchmarks.soak import ThroughPipeline
+from benchmarks.serving.soak import ThroughPipeline
 from qwen_realtime import EditParams, RealtimeEngine
 from server import EngineHolder, create_routes
 from serving.document import openapi

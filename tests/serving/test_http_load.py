@@ -1,4 +1,4 @@
-"""Many clients at once, for a few seconds: what `benchmarks/load.py` judges in two minutes on the embedded model."""
+"""Many clients at once, for a few seconds: what `benchmarks/serving/load.py` judges in two minutes on the embedded model."""
 
 import asyncio
 import json
@@ -11,7 +11,7 @@ import pytest
 from support.http import Browser, StubPipeline, b64, post, serving, wait_until
 from support.pictures import grey
 
-from benchmarks import load
+from benchmarks.serving import load
 from pipeline.images import encode_jpeg
 from qwen_realtime import RealtimeEngine
 from server import EngineHolder

@@ -1,6 +1,6 @@
 """GPU memory against speed: the full-size model in bfloat16 and quantised, loaded as the program loads it.
 
-    python -m benchmarks.memory --out benchmarks/results/h200-memory.json [--card-gb 24]
+    python -m benchmarks.quantized memory --out benchmarks/results/h200-memory.json [--card-gb 24]
 
 Weights are random and lie on the CPU first, one block's for all of its kind, so that 58 GB of them need not exist. From
 there on everything is the program's: quantised layer by layer on the GPU, moved, put on the fast path, then edits of new
@@ -134,14 +134,14 @@ def _gigabytes(module: nn.Module) -> float:
     return round(sum(held.values()) / 1e9, 2)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="result file to write")
     parser.add_argument("--commit", help="of the code, for the result file")
     parser.add_argument("--choices", nargs="+", help="of layers/attention/text encoder, as int8/fp8/int8 (default: all)")
     parser.add_argument("--card-gb", type=float, help="the memory of a smaller card, in 1e9 bytes, CUDA's share included")
     parser.add_argument("--runs", type=int, default=10)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.card_gb:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction((args.card_gb - CUDA_GB) * 1e9 / total)
@@ -156,7 +156,3 @@ def main() -> None:
         torch.cuda.empty_cache()
         if args.out:
             args.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

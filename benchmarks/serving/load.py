@@ -1,7 +1,7 @@
 """Many clients at once on this machine: are they served fairly, is anything answered that is not documented?
 
-    python -m benchmarks.load                              16 live views, 8 posting, 120 s, a server of its own (pocket)
-    python -m benchmarks.load --url http://127.0.0.1:8086 --seconds 30 --live 4 --posting 2
+    python -m benchmarks.serving load                              16 live views, 8 posting, 120 s, a server of its own (pocket)
+    python -m benchmarks.serving load --url http://127.0.0.1:8086 --seconds 30 --live 4 --posting 2
 
 Live clients send pictures at a camera's pace and never wait for a result; posting clients send the next edit when they
 have the last. In the middle one more live client, a process of its own, is killed without a goodbye, and how long its
@@ -34,7 +34,7 @@ from PIL import Image
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CAMERA_FPS = 15
 UNACKNOWLEDGED = 3  # as the page
 MAX_SPREAD = 0.2
@@ -298,7 +298,3 @@ def main(argv: list[str] | None = None) -> int:
     report["complaints"] = complaints(report)
     print(json.dumps(report))
     return 1 if report["complaints"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

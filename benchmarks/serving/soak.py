@@ -1,7 +1,7 @@
 """Many thousand frames, sessions coming and going: is memory flat, is every newest frame delivered, is nothing crossed?
 
-    python -m benchmarks.soak                              10,000 delivered frames, at most 600 s, this machine
-    python -m benchmarks.soak --frames 2000 --seconds 60 --out soak.json
+    python -m benchmarks.serving soak                              10,000 delivered frames, at most 600 s, this machine
+    python -m benchmarks.serving soak --frames 2000 --seconds 60 --out soak.json
 
 Clients open a session, send bursts of frames faster than they are taken, with one technique, prompt, size and seed
 after another, send what is no picture and frames that fail, cancel, leave without a word or in the middle of a frame.
@@ -28,7 +28,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the program does (see 
 
 import random
 import statistics
-import sys
 import threading
 import time
 import traceback
@@ -42,8 +41,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.benchmark import ResultFile, environment
 from benchmarks.instruments import Memory
+from benchmarks.result_file import ResultFile, environment
 from cached_pipeline import CachedQwenImageEditPipeline, load_pipeline
 from pipeline.geometry import on_grid, padded
 from pipeline.images import EditError, resample
@@ -468,7 +467,3 @@ def main(argv: list[str] | None = None) -> int:
         file.write()
     print(json.dumps(data))
     return int(bool(report["complaints"]))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

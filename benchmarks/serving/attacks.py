@@ -1,7 +1,7 @@
 """The attacks that SECURITY.md counts: what a stranger sends, while somebody else works beside him.
 
-    python -m benchmarks.attacks --out benchmarks/results/attacks-cpu.json          all of it, about half an hour
-    python -m benchmarks.attacks --cases 100 --pictures 60 --videos 6 --minutes 0.2  a look
+    python -m benchmarks.serving attacks --out benchmarks/results/attacks-cpu.json          all of it, about half an hour
+    python -m benchmarks.serving attacks --cases 100 --pictures 60 --videos 6 --minutes 0.2  a look
 
 Against a `server.py` of its own on this machine (Linux), with the embedded model: requests that schemathesis invents,
 pictures with flipped bits, hostile files and bodies beside 16 live views and 8 posting clients. Damaged videos go through the
@@ -10,7 +10,7 @@ page's own video edit, with a cheap function in the model's place. All the time 
 
 The file: {"kind": "attacks", "device", versions, "commit", "schemathesis": {"cases", "failures"}, "pictures": {"sent",
 "statuses", "wrong"}, "videos": {"sent", "edited", "refused", "unexplained"}, "minutes" of load, "load": the report of
-`benchmarks.load`, "hostile": {"sent", "statuses"}, "bystander": {"asked", "worst_s" by path, "over_5_s", "statuses"}, "memory_mb":
+`benchmarks.serving load`, "hostile": {"sent", "statuses"}, "bystander": {"asked", "worst_s" by path, "over_5_s", "statuses"}, "memory_mb":
 {"before", "after", "most"} of the server with its children, "complaints"}. The exit status is 1 if there is a complaint.
 """
 
@@ -38,9 +38,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks import load
-from benchmarks.benchmark import environment
-from benchmarks.load import ROOT, own_server
+from benchmarks.result_file import environment
+from benchmarks.serving import load
+from benchmarks.serving.load import ROOT, own_server
 from pipeline.images import EditError
 from webui.video_edit import edit_video, probe
 
@@ -210,7 +210,7 @@ def video_files(folder: Path) -> list[Path]:
 
 def by_schemathesis(address: str, cases: int) -> dict:
     """Rounds, each with a seed of its own, until so many cases were sent. Raises RuntimeError when it does not run."""
-    settings = os.environ | {"SCHEMATHESIS_HOOKS": "benchmarks.attack_hooks", "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"}
+    settings = os.environ | {"SCHEMATHESIS_HOOKS": "benchmarks.serving.attack_hooks", "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"}
     sent, failures, seed = 0, [], 0
     with tempfile.TemporaryDirectory() as folder:
         while sent < cases:
@@ -341,7 +341,3 @@ def main(argv: list[str] | None = None) -> int:
         options.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
     return 1 if report["complaints"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

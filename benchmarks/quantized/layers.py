@@ -1,6 +1,6 @@
 """8-bit linear layers of Qwen-Image's blocks against bfloat16's, on a GPU: alone, and in their place in a frame.
 
-    python -m benchmarks.linear --out benchmarks/results/h200-linear.json [--measure]
+    python -m benchmarks.quantized layers --out benchmarks/results/h200-linear.json [--measure]
 
 Weights are cold, as in a model that reads each layer once a step; calls stand one after the other in a CUDA graph. What is
 compared is replayed in turns. Products are computed as the program computes them: as `quantization.choices` has it
@@ -198,12 +198,12 @@ def environment(commit: str | None) -> dict:
     return {"kind": "linear", "device": torch.cuda.get_device_name(), **versions, "commit": commit}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="result file to write")
     parser.add_argument("--commit", help="of the code, for the result file")
     parser.add_argument("--measure", action="store_true", help="find the best way again, and measure pairs")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.manual_seed(0)
     cases = [(kind, rows, *shape) for rows in ROWS for shape in SHAPES for kind in (Int8Linear, Fp8Linear)]
     rows = []
@@ -217,7 +217,3 @@ def main() -> None:
         print(line)
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

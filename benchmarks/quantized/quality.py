@@ -1,6 +1,6 @@
 """What 8 bits cost in quality: the pocket model's edits, quantised and not, against the computed right answers.
 
-    python -m benchmarks.quality --out benchmarks/results/pocket-quantized.json
+    python -m benchmarks.quantized quality --out benchmarks/results/pocket-quantized.json
 
 `pocket_model.evaluate` on the three photographs beside this file, which the model never saw: all edits, 256x256, 2 steps,
 on the fast path, on the CPU. There FP8 products and 8-bit attention are simulated: the same rounded numbers, summed in
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.benchmark import environment
+from benchmarks.result_file import environment
 from benchmarks.videos import PHOTOS
 from cached_pipeline import load_pipeline
 from pipeline.images import fit, open_image
@@ -70,7 +70,3 @@ def main(argv: list[str] | None = None) -> None:
     result = run([edit for edit in EDITS if not args.edits or edit.name in args.edits], args.commit)
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

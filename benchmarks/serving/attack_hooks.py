@@ -1,6 +1,6 @@
 """What schemathesis cannot know of `/edit`: base64 here is a picture's, and a good request must not cost minutes.
 
-Read by the schemathesis that `benchmarks.attacks` starts. A 2048x2048 edit in eight steps is a good request, and on a
+Read by the schemathesis that `benchmarks.serving attacks` starts. A 2048x2048 edit in eight steps is a good request, and on a
 processor it takes minutes in which no other edit is due. What is attacked is the server, so such requests become small.
 """
 
