@@ -260,7 +260,7 @@ class CachedQwenImageEditPipeline(StockCall, PromptReading, StockMethods):
             raise EditError("Tokens can be reused on the fast path only. Turn it on, or reuse off.")
         return fast_path.TokenCache(self.fused_transformer)
 
-    def expect(self, times: list[float]) -> None:
+    def expect(self, times: Sequence[float]) -> None:
         """That denoising will come to these timesteps of a schedule: the fast path makes ready all it has not met yet."""
         if self.fused_transformer is not None:
             self.fused_transformer.modulations.expect(times)

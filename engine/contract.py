@@ -10,7 +10,7 @@ references, schedules) is the pipeline's own: the engine only passes it from ste
 Parameters in front of `/` are passed by position, those after `*` by name.
 """
 
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -116,10 +116,21 @@ class Pipeline(Protocol):
 class DenoisingPicture(Protocol):
     """One picture between its steps, as `start` makes it."""
 
-    step: int  # how many are done
-    steps: int
-    finished: bool
-    latents: torch.Tensor  # (1, N, C), clean when it is finished
+    @property
+    def step(self) -> int:
+        """How many are done."""
+        ...
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def finished(self) -> bool: ...
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """(1, N, C), clean when it is finished."""
+        ...
 
 
 class StreamBatchPipeline(Pipeline, Protocol):
@@ -133,12 +144,16 @@ class StreamBatchPipeline(Pipeline, Protocol):
         """A picture before its first step; nothing runs yet."""
         ...
 
-    def advance(self, pictures: list[DenoisingPicture], /) -> None:
-        """One step of each. If it raises, no picture has moved."""
+    def advance(self, pictures: list[Any], /) -> None:
+        """One step of each picture that `start` made. If it raises, no picture has moved."""
 
 
 class FadingPipeline(Pipeline, Protocol):
     """A pipeline whose embeddings can be mixed: the last rows are the prompt's words and the end of the template."""
 
     prompt_template_encode: str  # with {} in the place of the words
-    tokenizer: Callable[[str], Mapping[str, Sized]]  # to "input_ids", one for each row
+
+    @property
+    def tokenizer(self) -> Callable[..., Any]:
+        """Called with a text gives a mapping with "input_ids", one for each row."""
+        ...
