@@ -26,7 +26,7 @@ Single-threaded, like the modules it drives; only `cache_summary` may be called 
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -174,9 +174,12 @@ class CachedQwenImageEditPipeline(StockCall, PromptReading, StockMethods):
         if area in (None, stock.VAE_IMAGE_SIZE):
             w, h = stock.calculate_dimensions(stock.VAE_IMAGE_SIZE, aspect(slot.size))
             return max(32, w), max(32, h)
-        if area == "output" and index == 0:
-            return width, height
-        return in_shape(slot.size, area=width * height if area == "output" else area, longest=MAX_SIDE)
+        if area == "output":
+            assert width is not None and height is not None
+            if index == 0:
+                return width, height
+            area = width * height
+        return in_shape(slot.size, area=area, longest=MAX_SIDE)
 
     def _encode_pictures(self, pictures: Pictures, width: int, height: int) -> torch.Tensor:
         pixels = padded(resample(pictures.on(self._execution_device), width, height, "lanczos"), self._unit)
@@ -190,7 +193,7 @@ class CachedQwenImageEditPipeline(StockCall, PromptReading, StockMethods):
 
     # Step 3 -----------------------------------------------------------------------------------------------------------
 
-    def schedule(self, steps: int, width: int, height: int, sigmas: list[float] | None = None) -> Schedule:
+    def schedule(self, steps: int, width: int, height: int, sigmas: Sequence[float] | None = None) -> Schedule:
         """The noise levels of `steps` steps for this output size, or of your own `sigmas`.
 
         The shift depends on the number of tokens: on the size that the model computes, which the Schedule holds. Same
@@ -198,16 +201,16 @@ class CachedQwenImageEditPipeline(StockCall, PromptReading, StockMethods):
         """
         self._check_size(width, height)
         width, height = self._grid(width, height)
-        if sigmas is not None:
-            sigmas = tuple(float(s) for s in sigmas)
-            if not sigmas or not all(0.0 < s <= 1.0 for s in sigmas):
-                raise EditError(f"The sigmas are {list(sigmas)}. Allowed: one or more numbers above 0, at most 1.")
+        levels = None if sigmas is None else tuple(float(s) for s in sigmas)
+        if levels is not None:
+            if not levels or not all(0.0 < s <= 1.0 for s in levels):
+                raise EditError(f"The sigmas are {list(levels)}. Allowed: one or more numbers above 0, at most 1.")
         elif not is_whole(steps, 1, MAX_STEPS):
             raise EditError(f"The number of steps is {steps!r}. Allowed: 1 to {MAX_STEPS}.")
         device, scheduler = self._execution_device, self.scheduler
-        key = (scheduler, repr(scheduler.config), getattr(scheduler, "_shift", None), steps, width, height, sigmas, device)
-        levels = (steps, sigmas, width, height, width * height // self._unit**2, device)
-        return self._constant(key, lambda: schedule_of(scheduler, *levels))
+        key = (scheduler, repr(scheduler.config), getattr(scheduler, "_shift", None), steps, width, height, levels, device)
+        tokens = width * height // self._unit**2
+        return self._constant(key, lambda: schedule_of(scheduler, steps, levels, width, height, tokens, device))
 
     def initial_noise(self, width: int, height: int, seed=0, batch: int = 1) -> torch.Tensor:
         """Packed noise (B, N, 4z) as stock draws it: `seed` is a number or a generator, or a list of `batch` of them.
@@ -257,7 +260,7 @@ class CachedQwenImageEditPipeline(StockCall, PromptReading, StockMethods):
             raise EditError("Tokens can be reused on the fast path only. Turn it on, or reuse off.")
         return fast_path.TokenCache(self.fused_transformer)
 
-    def expect(self, times: list[float]) -> None:
+    def expect(self, times: Sequence[float]) -> None:
         """That denoising will come to these timesteps of a schedule: the fast path makes ready all it has not met yet."""
         if self.fused_transformer is not None:
             self.fused_transformer.modulations.expect(times)
@@ -345,7 +348,8 @@ class CachedQwenImageEditPipeline(StockCall, PromptReading, StockMethods):
         untouched.
         """
         began, origin = time.perf_counter(), self._origin
-        former, touched = (origin.lora, origin.lora_weight), set(origin.lora_layers)
+        former_weight = 1.0 if origin.lora_weight is None else origin.lora_weight
+        former, touched = (origin.lora, former_weight), set(origin.lora_layers)
         self.fast_path.look(self, "transformer")
         with held(self):  # the layers keep their places: the fast path is told, not built again
             try:
@@ -438,7 +442,7 @@ class CachedQwenImageEditPipeline(StockCall, PromptReading, StockMethods):
         return self._constant(("latent_statistics", self.fast_path.components["vae"].version, self._execution_device, self._dtype("vae")), make)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs):
         """As stock; a processor is built without torchvision unless one is passed."""
         if "processor" not in kwargs:
             names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
@@ -473,7 +477,7 @@ def load_pipeline(
 
     def download() -> str:
         tell(f"Downloading {model}, unless it is here already", 0.0)
-        return CachedQwenImageEditPipeline.download(model)
+        return str(CachedQwenImageEditPipeline.download(model))
 
     source = folder.model_folder(model, download)
     tell(f"Reading the model {model}", 0.2)

@@ -64,6 +64,7 @@ class Fp8Linear(QuantizedLinear):
     def multiply(self, x: Quantized, backend: str, config: Config | None, out: torch.Tensor, gelu: bool) -> None:
         """The layer on rows x (R, K), R > 0, written to out (R, N), by one of `backends`."""
         if backend == "triton":
+            assert config is not None
             products.multiply(x, Quantized(self.weight, self.scale), self.bias, out, config, gelu)
         elif backend == "scaled_mm":
             row_scales = x.scales
@@ -107,4 +108,4 @@ def swap_linears(
 if __name__ == "__main__":
     from pipeline.quantize import quantize_main
 
-    quantize_main(Fp8Linear, __doc__)
+    quantize_main(Fp8Linear, __doc__ or "")

@@ -23,6 +23,7 @@ import torch
 
 from engine.contract import Pipeline
 from engine.errors import EngineError
+from engine.fitting import Fitted
 from engine.frames import prepare_pictures
 from engine.loop import Loop
 from engine.sessions import EditResult, Session, Sessions, Submission
@@ -96,7 +97,7 @@ class RealtimeEngine:
 
     def edit(
         self,
-        images: list[np.ndarray],
+        images: list[np.ndarray] | Fitted,
         params: EditParams,
         on_step: Callable[[int, int], None] | None = None,
         timeout: float | None = None,

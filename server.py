@@ -27,6 +27,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("PILLOW_BLOCK_SIZE", "64m")
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import uvicorn
@@ -116,7 +117,8 @@ def create_app(holder: EngineHolder, guard: Guard | None = None, *, waiting_edit
     async def home() -> Response:
         return RedirectResponse("docs")
 
-    async def refuse(request: Request, error: HTTPException) -> Response:
+    async def refuse(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)  # the only kind it is asked for
         text = f"There is no {request.url.path} here. See /docs."
         text = text if error.status_code == 404 else error.detail
         return JSONResponse(refusal_body(text, KINDS.get(error.status_code, "")), error.status_code, error.headers)
@@ -154,8 +156,9 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._holder, self._load, self._farewell = holder, load, farewell
 
-    def capture_signals(self):
-        return contextlib.nullcontext()  # they are the farewell's
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # they are the farewell's
 
     async def startup(self, sockets=None) -> None:
         await super().startup(sockets)

@@ -16,7 +16,7 @@ import logging
 import os
 
 if os.environ.get("SPACES_ZERO_GPU"):
-    import spaces  # noqa: F401 - before torch, which it changes: see `webui.zero`
+    import spaces  # noqa: F401 # pyright: ignore[reportMissingImports] - on those Spaces only; before torch, which it changes: see `webui.zero`
 
 # Read when torch is loaded. Its CPU threads otherwise spin while they wait for each other, and so keep each other from
 # the cores that anything else needs too. Two cores: 8 % fewer frames when alone, ten times more beside a busy process.

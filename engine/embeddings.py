@@ -1,6 +1,7 @@
 """The embeddings of a session's prompts: when the vision-language model looks again, in the background or not, and fades."""
 
 import logging
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ class Embeddings:
 
     def __init__(self, pipeline: Pipeline, streams: Streams):
         self._pipe, self._streams = pipeline, streams
+        self._fading = cast(FadingPipeline, pipeline)  # asked only for a fade
         self._renewed: torch.cuda.Event | None = None  # after the last renewal
 
     def embed(self, work: Work, pictures: list) -> None:
@@ -30,18 +32,21 @@ class Embeddings:
         last, thumbnails = memory.embeds, work.rendered.thumbnails
         if last is None or last.words != words:
             if last is not None and params.transition_frames and last.words[0] != words[0]:
-                memory.fade = Fade(memory.used[:, -words_rows(self._pipe, last.words[0]) :], params.transition_frames)
+                assert memory.used is not None
+                memory.fade = Fade(memory.used[:, -words_rows(self._fading, last.words[0]) :], params.transition_frames)
             memory.pending, memory.embeds = None, self._look(words, pictures, thumbnails)
         elif self._looks_again(params, last, thumbnails):
             if not params.embeds_background:
                 memory.embeds = self._look(words, pictures, thumbnails)
             elif memory.pending is None:
                 memory.pending = PendingEmbeds(words, pictures, thumbnails)
-        if memory.embeds is last:
-            last.frames += 1
-        work.prompt, work.negative = memory.embeds.prompt, memory.embeds.negative
+        embeds = memory.embeds
+        assert embeds is not None
+        if embeds is last:
+            embeds.frames += 1
+        work.prompt, work.negative = embeds.prompt, embeds.negative
         if memory.fade is not None:
-            work.prompt = work.prompt._replace(embeds=self._faded(memory, params))
+            work.prompt = work.prompt._replace(embeds=self._faded(memory, memory.fade, embeds.prompt, params))
         memory.used = work.prompt.embeds
 
     @staticmethod
@@ -71,6 +76,7 @@ class Embeddings:
         try:
             with self._streams.on(renewals):
                 if renewals is not None:
+                    assert pending.after is not None
                     renewals.wait_event(pending.after)
                     for picture in pending.pictures:
                         picture.on(self._streams.device).record_stream(renewals)
@@ -91,14 +97,15 @@ class Embeddings:
             memory.embeds.frames = 0
             self._streams.hand_over(*memory.embeds.tensors)
 
-    def _faded(self, memory: SessionMemory, params: EditParams) -> torch.Tensor:
+    def _faded(self, memory: SessionMemory, fade: Fade, prompt: Embedding, params: EditParams) -> torch.Tensor:
         """The prompt's embeddings (1, L, D) of this frame of the fade."""
-        fade, aim = memory.fade, memory.embeds.prompt.embeds
+        aim = prompt.embeds
+        assert aim is not None
         fade.done += 1
         if fade.done >= fade.frames or not params.transition_frames:
             memory.fade = None
             return aim
-        words = words_rows(self._pipe, params.prompt)
+        words = words_rows(self._fading, params.prompt)
         return mixed_prompts(fade.origin, aim, words, fade.done / fade.frames, params.transition)
 
 

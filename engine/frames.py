@@ -14,11 +14,12 @@ What the techniques decide is in `policies`; here it is done. What stays from fr
 import contextlib
 import dataclasses
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
 
-from engine.contract import Pipeline
+from engine.contract import DenoisingPicture, Pipeline, StreamBatchPipeline
 from engine.embeddings import Embeddings
 from engine.errors import EngineError
 from engine.fitting import framed, sized
@@ -39,7 +40,10 @@ START_LEVELS = 4  # strengths of a start with motion_aware: each is a schedule t
 def prepare_pictures(images: list[np.ndarray], params: EditParams, width: int, height: int) -> list[np.ndarray]:
     """The references as the model gets them: as `fitting.sized` makes them, then blended."""
     images = sized(images, params, width, height)
-    return [blend(*images, params.blend_ratio)] if params.mode == "blend" else images
+    if params.mode != "blend":
+        return images
+    first, second = images
+    return [blend(first, second, params.blend_ratio)]
 
 
 def readable(picture: np.ndarray) -> np.ndarray:
@@ -59,6 +63,7 @@ class FrameEditor:
         reuse_sessions: int,
     ):
         self._pipe, self._device, self._draw = pipeline, device, draw
+        self._batching = cast(StreamBatchPipeline, pipeline)  # asked only for frames in a stream batch
         self.streams = Streams(device)
         self.embeddings = Embeddings(pipeline, self.streams)
         self.token_caches = TokenCaches(pipeline, reuse_sessions, clock)
@@ -133,19 +138,20 @@ class FrameEditor:
     def enter(self, work: Work) -> None:
         """Puts a frame into the stream batch, before its first step."""
         inputs, options = self._inputs(work)
-        work.picture = self._pipe.start(*inputs, **options)
+        work.picture = self._batching.start(*inputs, **options)
 
     def advance(self, works: list[Work]) -> None:
         """One step of every frame, in one forward. Those that are finished then have latents, and no `picture`."""
-        for work in works:
-            work.check(work.picture.step, work.picture.steps)
+        pictures = [_picture(work) for work in works]
+        for work, picture in zip(works, pictures, strict=True):
+            work.check(picture.step, picture.steps)
         with contextlib.ExitStack() as stack:
             for work in works:
                 stack.enter_context(work.watch.stage("denoise"))
-            self._pipe.advance([work.picture for work in works])
-            for work in works:
-                if work.picture.finished:
-                    work.rendered.latents, work.picture = work.picture.latents, None
+            self._batching.advance(pictures)
+            for work, picture in zip(works, pictures, strict=True):
+                if picture.finished:
+                    work.rendered.latents, work.picture = picture.latents, None
                     self._settle(work)
 
     def _inputs(self, work: Work) -> tuple[tuple, dict]:
@@ -226,6 +232,7 @@ class FrameEditor:
                 self.streams.wait_for(work.ready)
                 self.streams.hand_over(work.rendered.latents, work.finite)
             with work.watch.stage("decode"):
+                assert work.finite is not None
                 picture = self._pipe.decode(work.rendered.latents, *work.size)[0]
                 work.download = Download(picture, work.finite)
 
@@ -235,6 +242,7 @@ class FrameEditor:
             if work.repeats.image is None:
                 raise EngineError("The frame that this one repeats has failed.", "failed")
             return work.repeats.image
+        assert work.download is not None
         image, finite = work.download.wait()
         params, (width, height) = work.params, work.size
         if not finite:
@@ -245,6 +253,11 @@ class FrameEditor:
             )
         work.rendered.image, work.rendered.check = image, None
         return image
+
+
+def _picture(work: Work) -> DenoisingPicture:
+    assert work.picture is not None
+    return work.picture
 
 
 def started_late(schedule: Schedule, sigma: float) -> Schedule:

@@ -40,7 +40,7 @@ class RenderedFrame:
     thumbnails: list[np.ndarray]
     submitted_monotonic: float
     check: Callable[[], None] | None  # raises Cancelled if the image will never come; None when it is there
-    latents: torch.Tensor | None = None  # clean, packed (1, N, C)
+    latents: torch.Tensor = dataclasses.field(init=False, repr=False)  # clean, packed (1, N, C); set by the denoise
     image: np.ndarray | None = None  # uint8 (H, W, 3)
 
     @property
@@ -100,7 +100,7 @@ class SessionMemory:
     used: torch.Tensor | None = None  # the prompt's embeddings of the last frame, faded or not
     pending: PendingEmbeds | None = None
     fade: Fade | None = None
-    motions: collections.deque = dataclasses.field(default_factory=lambda: collections.deque(maxlen=MOTION_WINDOW))
+    motions: collections.deque[float] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=MOTION_WINDOW))
     strength: float = 1.0  # of what is kept from the last frame, by `policies.motion_strength`
     cache: TokenCache | None = None  # keys and values of the tokens, see fast_path.reuse
     cache_used_monotonic: float = 0.0
@@ -130,7 +130,7 @@ class Work:
     check: Callable[..., None]
     watch: Stopwatch
     notes: list[str] = dataclasses.field(default_factory=list)
-    rendered: RenderedFrame | None = None  # what this frame computes
+    rendered: RenderedFrame = dataclasses.field(init=False, repr=False)  # what this frame computes; set by `FrameEditor.begin`
     repeats: RenderedFrame | None = None  # the earlier frame that this one repeats, if it is skipped
     prompt: Embedding = NO_EMBEDDING
     negative: Embedding = NO_EMBEDDING

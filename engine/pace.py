@@ -126,7 +126,7 @@ def estimate(plan: Plan, known: Plan, cost: Cost) -> Cost:
 def plans(asked: Plan, may_reuse: bool) -> list[Plan]:
     """What may be computed in the asked plan's place, what loses least first. The asked one is the first."""
     sizes = [_smaller((asked.width, asked.height), scale) for scale in SCALES]
-    found = {}
+    found: dict[Plan, float] = {}
     for shrunk, (width, height) in enumerate(sizes):
         for steps in range(asked.steps, 0, -1):
             for reuse in dict.fromkeys((asked.reuse, "frames" if may_reuse else asked.reuse)):
@@ -135,7 +135,7 @@ def plans(asked: Plan, may_reuse: bool) -> list[Plan]:
                     loss = 3.0 * shrunk + 3.0 * math.log2(asked.steps / steps)
                     loss += (1.5 if reuse != asked.reuse else 0.0) + (0.5 if batch != asked.stream_batch else 0.0)
                     found.setdefault(plan, loss)
-    return sorted(found, key=found.get)
+    return sorted(found, key=found.__getitem__)
 
 
 def _smaller(size: tuple[int, int], scale: float) -> tuple[int, int]:
@@ -202,21 +202,24 @@ class Pace:
             self._asked, self._hold_s, self._rose = wanted, HOLD_S, False
             self._change(pick(plans(asked, may_reuse), strain, 1.0), now_monotonic)
         elif self._frames >= FEWEST_FRAMES:
-            self._adjust(plans(asked, may_reuse), strain, now_monotonic)
+            self._adjust(self._plan, plans(asked, may_reuse), strain, now_monotonic)
         self._frames += 1
-        self.text = self._explained(params, asked, strain, times)
+        assert self._plan is not None
+        self.text = self._explained(params, asked, self._plan, strain, times)
         return self._plan
 
-    def _adjust(self, candidates: list[Plan], strain: Callable[[Plan], float], now_monotonic: float) -> None:
+    def _adjust(
+        self, current: Plan, candidates: list[Plan], strain: Callable[[Plan], float], now_monotonic: float
+    ) -> None:
         held_s = now_monotonic - self._since_monotonic
-        if strain(self._plan) > TOO_SLOW:
+        if strain(current) > TOO_SLOW:
             other = pick(candidates, strain, 1.0)
-            if strain(other) <= 1.0 or strain(other) < GAIN * strain(self._plan):
+            if strain(other) <= 1.0 or strain(other) < GAIN * strain(current):
                 self._hold_s = min(2 * self._hold_s, LONGEST_HOLD_S) if self._rose else self._hold_s
                 self._rose = False
                 self._change(other, now_monotonic)
         elif held_s >= self._hold_s:
-            better = candidates[: candidates.index(self._plan)]
+            better = candidates[: candidates.index(current)]
             other = next((plan for plan in better if strain(plan) <= ROOM), None)
             if other is not None:
                 self._rose = True
@@ -226,15 +229,22 @@ class Pace:
         if plan != self._plan:
             self._plan, self._since_monotonic, self._frames = plan, now_monotonic, 0
 
-    def _explained(self, params: EditParams, asked: Plan, strain: Callable, times: Callable) -> str:
+    @staticmethod
+    def _explained(
+        params: EditParams,
+        asked: Plan,
+        picked: Plan,
+        strain: Callable[[Plan], float],
+        times: Callable[[Plan], list[tuple[float, float]]],
+    ) -> str:
         targets = [f"{params.target_fps:g} frames/s"] if params.target_fps else []
         targets += [f"{params.latency_budget_ms:g} ms latency"] if params.latency_budget_ms else []
-        expected, allowed = max(times(self._plan), key=lambda pair: pair[0] / pair[1])
-        text = f"pace: {self._plan} for {' and '.join(targets)}"
+        expected, allowed = max(times(picked), key=lambda pair: pair[0] / pair[1])
+        text = f"pace: {picked} for {' and '.join(targets)}"
         if not expected:
             return f"{text}: nothing is measured yet"
         text += f": {expected:.0f} of {allowed:.0f} ms"
-        if self._plan != asked:
+        if picked != asked:
             slow, allowed = max(times(asked), key=lambda pair: pair[0] / pair[1])
             text += f"; as asked, {asked}, it would be {slow:.0f}"
-        return text + ("; nothing that may be changed holds it" if strain(self._plan) > TOO_SLOW else "")
+        return text + ("; nothing that may be changed holds it" if strain(picked) > TOO_SLOW else "")

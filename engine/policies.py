@@ -141,4 +141,4 @@ def _block_means(picture: np.ndarray, side: int) -> np.ndarray:
     # Down first, over whole rows: numpy adds long rows ten times as fast as it adds neighbours.
     down = np.add.reduce(picture.reshape(height // side, side, width * 3), axis=1, dtype=np.uint16)
     across = down.reshape(height // side, width // side, side, 3)
-    return sum(across[:, :, i] for i in range(side)).astype(np.float32) / side**2
+    return np.asarray(sum(across[:, :, i] for i in range(side)), np.float32) / side**2

@@ -44,7 +44,7 @@ def gives_way(used: Mapping[int, float], most: int, now_monotonic: float) -> tup
     """
     if len(used) < most:
         return True, None
-    oldest = min(used, key=used.get, default=None)
+    oldest = min(used, key=used.__getitem__, default=None)
     if oldest is None or now_monotonic - used[oldest] < HOLDER_IDLE_S:
         return False, None
     return True, oldest

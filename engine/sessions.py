@@ -51,6 +51,12 @@ class EditResult:
     computed: float = 1.0  # share of the tokens that were computed, not reused
     waited_ms: float = 0.0  # of age_ms: in the mailbox, until the engine took the frame
 
+    @property
+    def picture(self) -> np.ndarray:
+        """`image` of a frame that is known to have been done."""
+        assert self.image is not None
+        return self.image
+
 
 class Submission(NamedTuple):
     """A frame in the mailbox."""
@@ -73,8 +79,8 @@ class Frame:
     submitted_monotonic: float
     waited_ms: float = 0.0  # in the mailbox
     cancelled: bool = False  # set under the lock, read by the inference thread without it
-    outcome: concurrent.futures.Future = dataclasses.field(default_factory=concurrent.futures.Future)  # of EditResult
-    work: Work | None = None  # the rest is the inference thread's
+    outcome: "concurrent.futures.Future[EditResult]" = dataclasses.field(default_factory=concurrent.futures.Future)
+    _work: Work | None = None  # the rest is the inference thread's
     image: np.ndarray | None = None
     error: EditError | None = None
 
@@ -83,6 +89,16 @@ class Frame:
             raise Cancelled
         if steps and self.on_step is not None:
             self.on_step(step, steps)
+
+    @property
+    def work(self) -> Work:
+        """There from the moment that the inference thread begins the frame until it delivers it."""
+        assert self._work is not None
+        return self._work
+
+    @work.setter
+    def work(self, work: Work | None) -> None:
+        self._work = work
 
     @property
     def moving(self) -> bool:

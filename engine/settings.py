@@ -50,11 +50,15 @@ PICTURES: dict[str, tuple[int, int]] = {"edit": (1, 1), "blend": (2, 2), "refere
 MAX_PROMPT_CHARS = 2000
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _number(name: str, value: Any, whole: bool) -> int | float:
     """`value` within LIMITS as a float, or as a whole number."""
     low, high = LIMITS[name]
     # NaN fails the comparison. For whole numbers 2.0 passes: JSON has one number type.
-    good = isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high
+    good = _is_number(value) and low <= value <= high
     if good and (not whole or value % 1 == 0):
         return int(value) if whole else float(value)
     kind = "a whole number" if whole else "a number"

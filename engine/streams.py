@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-STAGES = ("prepare", "encode_prompt", "encode_references", "denoise", "decode", "total")
+STAGES: tuple[str, ...] = ("prepare", "encode_prompt", "encode_references", "denoise", "decode", "total")
 
 
 class Streams:

@@ -86,10 +86,12 @@ class TokenCaches:
 
     def begin(self, work: Work) -> None:
         """Before the first step of a frame that has a cache: which tokens must be computed, and which are next to them."""
+        assert work.cache is not None
         work.cache.begin(work.changed, None if work.changed is None else neighbours(work.changed))
 
     def note_computed(self, work: Work) -> None:
         """After the last step of a frame that has a cache: what each token has seen now."""
+        assert work.cache is not None
         work.computed = float(work.cache.computed.mean())
         work.memory.seen = _updated(work.memory.seen, work.rendered.pictures, work.cache.computed)
 

@@ -14,7 +14,7 @@ because what a replay returns is copied out before the next one starts, on the s
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,7 +42,7 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def run(self, key: Hashable, function: Callable, *inputs: torch.Tensor):
+    def run(self, key: Hashable, function: Callable, *inputs: torch.Tensor) -> Any:
         """`function(*inputs)`: a tensor or a tuple of tensors. They are clones that later calls do not overwrite.
 
         `key` names everything the function depends on except for the inputs' shapes, dtypes and values. The function must

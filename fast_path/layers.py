@@ -6,6 +6,8 @@ one buffer, of which the loaded layers' parameters become views, so that the sto
 stored twice.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,7 +26,7 @@ class Block:
     the operation before them, or None if they want rows in the model's dtype.
     """
 
-    def __init__(self, block):
+    def __init__(self, block: Any):
         attn = block.attn
         self._qkv = _streams([attn.add_q_proj, attn.add_k_proj, attn.add_v_proj], [attn.to_q, attn.to_k, attn.to_v])
         norms = (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
@@ -75,34 +77,41 @@ class SeparateStreams:
     """The text's layer and the image's, a product each: what `QuantizedPair` is for layers that cannot be a pair."""
 
     def __init__(self, text: list, image: list):
-        self.layers = tuple(_one_layer(layers) for layers in (text, image))
+        self.layers: tuple[Layer, Layer] = _one_layer(text), _one_layer(image)
 
     @property
     def share_input_format(self) -> bool:
         """Whether the same 8-bit rows serve both layers."""
         text, image = self.layers
-        quantized = all(isinstance(layer, QuantizedLinear) for layer in self.layers)
-        return quantized and text.input_format == image.input_format
+        if not isinstance(text, QuantizedLinear) or not isinstance(image, QuantizedLinear):
+            return False
+        return text.input_format == image.input_format
 
     @property
     def norm_output_dtype(self) -> torch.dtype | None:
         """The 8-bit dtype that the norm before may write for both layers, or None."""
-        return self.layers[0].eight_bit if self.share_input_format and not self.layers[0].group else None
+        first = self.layers[0]
+        if not isinstance(first, QuantizedLinear) or not self.share_input_format or first.group:
+            return None
+        return first.eight_bit
 
     def quantize(self, x: torch.Tensor, gelu: bool = False) -> Quantized:
         """Rows x (R, K) in the input format that both layers share. `gelu` (tanh form) is applied to x before."""
-        return self.layers[0].quantize(x, gelu)
+        first = self.layers[0]
+        assert isinstance(first, QuantizedLinear)
+        return first.quantize(x, gelu)
 
     def __call__(self, x: torch.Tensor | Quantized, first: int, gelu: bool = False) -> torch.Tensor:
         """(R, N) for rows x (R, K): the text's layer on the `first` rows, the image's on the rest. `gelu` (tanh form) follows."""
         if not isinstance(x, Quantized) and self.share_input_format:
             x = self.quantize(x)
-        quantized = isinstance(x, Quantized)
-        like = self.layers[0].bias if quantized else x
-        out = like.new_empty(len(x.values if quantized else x), self.layers[0].weight.shape[0])
+        first_layer = self.layers[0]
+        like = first_layer.bias if isinstance(x, Quantized) else x
+        assert like is not None
+        out = like.new_empty(len(x.values if isinstance(x, Quantized) else x), first_layer.weight.shape[0])
         for layer, rows in zip(self.layers, (slice(0, first), slice(first, None)), strict=True):
             if len(out[rows]):
-                _write(layer, x.part(rows) if quantized else x[rows], out[rows], gelu)
+                _write(layer, x.part(rows) if isinstance(x, Quantized) else x[rows], out[rows], gelu)
         return out
 
 
@@ -121,22 +130,27 @@ class _Packed:
             )
 
 
+Layer = nn.Linear | _Packed | QuantizedLinear
+
+
 def _streams(text: list, image: list) -> QuantizedPair | SeparateStreams:
     return QuantizedPair(text, image) if QuantizedPair.possible(text, image) else SeparateStreams(text, image)
 
 
-def _one_layer(layers: list) -> "nn.Linear | _Packed | QuantizedLinear":
+def _one_layer(layers: list) -> Layer:
     """Layers of one input as one."""
     if len(layers) == 1:
         return layers[0]
     return QuantizedLinear.merged(layers) if isinstance(layers[0], QuantizedLinear) else _Packed(layers)
 
 
-def _write(layer, x: torch.Tensor | Quantized, out: torch.Tensor, gelu: bool) -> None:
+def _write(layer: Layer, x: torch.Tensor | Quantized, out: torch.Tensor, gelu: bool) -> None:
     """The layer on rows x, written to `out`; `gelu` (tanh form, as the model has it) follows."""
     if isinstance(layer, QuantizedLinear):
         layer(x, gelu, out=out)
-    elif gelu and x.is_cuda:  # in the matrix product's epilogue
+        return
+    assert not isinstance(x, Quantized)  # only 8-bit layers read those
+    if gelu and x.is_cuda:  # in the matrix product's epilogue
         torch._addmm_activation(layer.bias, x, layer.weight.t(), use_gelu=True, out=out)
     else:
         torch.addmm(layer.bias, x, layer.weight.t(), out=out)

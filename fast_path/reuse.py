@@ -30,8 +30,10 @@ import torch
 from fast_path.attention import EIGHT
 from fast_path.graphs import Graphs
 from fast_path.kernels import Destinations
+from fast_path.layers import Block
 from fast_path.transformer import FusedTransformer, Sample
 from pipeline.images import EditError
+from quantization.rows import Quantized
 
 BUCKETS = 16  # row counts are rounded up to this fraction of all: to a number of units
 SPARE_UNITS = 2  # this many more units are computed rather than recording what is wanted
@@ -112,11 +114,12 @@ class TokenCache:
             raise EditError(f"Token reuse with a batch of {sample.latents.shape[0]}. Allowed: 1.")
         if step == 0:
             self._open(sample)
+        assert self._kept is not None and self._velocities is not None  # `_open` has made them
         modulation, out = self._fused.modulations.get(sample.time, sample.times)
         # Of the memory, not of this object: recordings hold the function, and a circle would keep gigabytes until some
         # garbage collection.
         function = partial(_step, self._fused, self._kept, self._velocities, step, self._with_text, sample.shapes)
-        inputs = (modulation, out, *sample[:3], self._tokens, self._reference_tokens)
+        inputs = (modulation, out, *sample.tensors, self._tokens, self._reference_tokens)
         velocity = self._graphs.run((step, self._with_text), function, *inputs)
         self._whole = step == len(sample.times) - 1
         return velocity
@@ -132,7 +135,7 @@ class TokenCache:
         same = self._embeds is not None and self._embeds.data_ptr() == given.data_ptr() and self._embeds.shape == given.shape
         changed = self._changed
         fits = changed is not None and changed.shape == (rows, columns) and all(r == sample.shapes[0] for r in references)
-        if not (fits and self._whole):
+        if changed is None or not (fits and self._whole):
             chosen = np.ones(count, bool)
         else:
             chosen = changed.reshape(-1).copy()
@@ -185,7 +188,7 @@ class TokenCache:
 
     def _inputs(self, sample: Sample, step: int, units: int) -> tuple[torch.Tensor, ...]:
         modulation = self._fused.modulations.get(sample.times[step], sample.times)
-        return (*modulation, *sample[:3], *self._blank(sample, units))
+        return (*modulation, *sample.tensors, *self._blank(sample, units))
 
     def _step_to_record(self, sample: Sample, with_text: bool, units: int) -> int | None:
         steps = range(len(sample.times))
@@ -210,6 +213,7 @@ class TokenCache:
         if units is None:
             return
         step = self._step_to_record(sample, with_text, units)
+        assert step is not None and self._kept is not None and self._velocities is not None
         inputs = self._inputs(sample, step, units)
         self._rehearse(step, with_text, sample, inputs)
         function = partial(_step, self._fused, self._kept, self._velocities, step, with_text, sample.shapes)
@@ -233,7 +237,7 @@ def _unit(count: int) -> int:
 
 def _new_buffer(fused: FusedTransformer, sample: Sample) -> torch.Tensor:
     """For one step's keys and values: (L, 2, S, H, d)."""
-    length = sum(t.shape[1] for t in sample[:3])
+    length = sum(t.shape[1] for t in sample.tensors)
     shape = (len(fused.blocks), 2, length, fused.heads, fused.width // fused.heads)
     return sample.latents.new_zeros(shape, dtype=EIGHT if fused.eight_bit_attention else None)
 
@@ -296,7 +300,7 @@ class _Kept:
         self.noise = slice(rows.text, rows.text + rows.noise)
         self._places = rows.places.int()
 
-    def attend(self, i: int, block, h, only_noise: bool = False) -> torch.Tensor:
+    def attend(self, i: int, block: Block, h: torch.Tensor | Quantized, only_noise: bool = False) -> torch.Tensor | Quantized:
         """(R, D), or for the noise alone (N, D)."""
         fused, (k, v) = self._fused, self._kept[i]
         qkv = fused.qkv(block, h, self.text)

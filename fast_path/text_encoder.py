@@ -18,7 +18,7 @@ ones (`quantization.layer`); those that share an input become one layer too.
 from collections.abc import Callable
 from functools import partial
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,8 @@ class FusedTextEncoder:
     def __init__(self, text_encoder: Qwen2_5_VLForConditionalGeneration):
         check(text_encoder)
         try:
-            visual, language_model = text_encoder.model.visual, text_encoder.model.language_model
+            visual: Any = text_encoder.model.visual
+            language_model: Any = text_encoder.model.language_model
             check_towers(visual, language_model)
             self._merge, self._full = visual.spatial_merge_size, frozenset(visual.fullatt_block_indexes)
             self._window = visual.window_size // self._merge // visual.patch_size  # its side in merged tokens
@@ -102,7 +103,8 @@ class FusedTextEncoder:
             vision = [_vision_parts(block) for block in visual.blocks]
             text = [_text_parts(layer) for layer in language_model.layers]
             for _, qkv, _, _, gate_up, *_ in (*vision, *text):
-                check_alike(qkv), check_alike(gate_up)
+                check_alike(qkv)
+                check_alike(gate_up)
         except AttributeError as error:  # another transformers than those this was written for
             raise UnsupportedError(f"this Qwen2.5-VL is built otherwise: {error}") from error
         home = patches.weight.device
@@ -127,7 +129,7 @@ class FusedTextEncoder:
         `values` (rows * columns, C * T * P * P) are one picture's patches as the image processor orders them. Raises
         ValueError if they do not fit `grid`, or the grid cannot be merged.
         """
-        rows, columns = grid = tuple(grid)
+        rows, columns = grid
         if len(values) != rows * columns or rows % self._merge or columns % self._merge:
             raise ValueError(f"{len(values)} patches, grid {grid}: want rows * columns, multiples of {self._merge}")
         if grid not in self._layouts:
@@ -258,7 +260,7 @@ def _halves(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return cos.contiguous(), torch.cat((-sin[:, :, :1], sin[:, :, 1:]), dim=2)
 
 
-def _vision_parts(block: nn.Module) -> tuple:
+def _vision_parts(block: Any) -> tuple:
     """`_block`'s arguments."""
     attention, mlp, heads = block.attn, block.mlp, block.attn.num_heads
     return (
@@ -268,7 +270,7 @@ def _vision_parts(block: nn.Module) -> tuple:
     )  # fmt: skip
 
 
-def _text_parts(layer: nn.Module) -> tuple:
+def _text_parts(layer: Any) -> tuple:
     """`_block`'s arguments."""
     attention, mlp = layer.self_attn, layer.mlp
     return (
@@ -290,7 +292,7 @@ def _block(norm1, projections, out, norm2, gate_up, down, activation, heads, kv_
     return block
 
 
-def _norm(norm: nn.Module) -> _Norm:
+def _norm(norm: Any) -> _Norm:
     return _Norm(norm.weight.data, norm.variance_epsilon)
 
 
@@ -299,7 +301,7 @@ def _are_packed(*linears: nn.Linear) -> bool:
     return len({linear.weight.untyped_storage().data_ptr() for linear in linears}) == 1
 
 
-def _stack(linears: list[nn.Linear], device: torch.device, multiple: int = 1) -> _Linear | QuantizedLinear:
+def _stack(linears: list, device: torch.device, multiple: int = 1) -> _Linear | QuantizedLinear:
     """Linear layers that share an input as one; each is padded with zeros to a multiple of `multiple` outputs.
 
     8-bit ones have such numbers of outputs as they are.

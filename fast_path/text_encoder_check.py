@@ -3,6 +3,8 @@
 Each function raises UnsupportedError, whose text goes into the fast path's report; then the stock modules run.
 """
 
+from typing import Any
+
 from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -42,7 +44,7 @@ def check(text_encoder: nn.Module) -> None:
         raise UnsupportedError(f"the weights are not all of one kind: {sorted(kinds)}")
 
 
-def check_towers(visual: nn.Module, language_model: nn.Module) -> None:
+def check_towers(visual: Any, language_model: Any) -> None:
     """The settings under which the arithmetic here is the towers'. Raises UnsupportedError."""
     patches = visual.patch_embed.proj
     if patches.kernel_size != patches.stride or any(patches.padding) or patches.groups != 1:

@@ -18,7 +18,7 @@ import math
 import warnings
 import weakref
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,11 @@ class Sample(NamedTuple):
     time: float  # the schedule's timestep
     times: tuple[float, ...] = ()  # all that it will ask for: what a time costs to prepare is paid for all at once
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What a forward reads of it, its rows in dimension 1."""
+        return self.latents, self.conditions, self.prompt_embeds
+
 
 class Attention(Protocol):
     """What `FusedTransformer.run` asks for: which rows a forward computes, and what they attend to.
@@ -56,15 +61,27 @@ class Attention(Protocol):
     rows that changed attend to all tokens of their stream (`reuse`).
     """
 
-    text: int  # how many of the rows, from the first, are text
-    row_types: torch.Tensor  # int32 (R,): rows of the modulation's tables, see `kernels`
-    noise: torch.Tensor | slice  # which rows are noise, in the order of the result
+    @property
+    def text(self) -> int:
+        """How many of the rows, from the first, are text."""
+        ...
+
+    @property
+    def row_types(self) -> torch.Tensor:
+        """int32 (R,): rows of the modulation's tables, see `kernels`."""
+        ...
+
+    @property
+    def noise(self) -> torch.Tensor | slice:
+        """Which rows are noise, in the order of the result."""
+        ...
 
     def attend(self, i: int, block: Block, h: torch.Tensor | Quantized, only_noise: bool = False) -> torch.Tensor | Quantized:
         """The attention output (R, D) of block `i` for its normed input h (R, D); (N, D) for the noise if `only_noise`.
 
         It may be `Quantized` if `block.out_input_dtype` is e4m3.
         """
+        ...
 
 
 class FusedTransformer:
@@ -82,7 +99,7 @@ class FusedTransformer:
         self.token_caches: weakref.WeakSet = weakref.WeakSet()  # see `reuse`: they too hold what weights have made
         self.attention_backends: dict[tuple, SDPBackend] = {}
         self._ropes, self._layouts = ContentCache(32), ContentCache(32)
-        first = transformer.transformer_blocks[0]
+        first: Any = transformer.transformer_blocks[0]
         self.heads, self.width = first.num_attention_heads, first.dim
         self.eps, self.qk_eps = first.img_norm1.eps, first.attn.norm_q.eps
         self.blocks = [Block(block) for block in transformer.transformer_blocks]
@@ -105,8 +122,8 @@ class FusedTransformer:
         layout = self._layouts.get(key, lambda: self._layout(key))
         tables = [table for s in samples for table in self.modulations.get(s.time, s.times)]
         step = partial(self._step, layout)
-        found = self.graphs.run(("velocities", key, self.eight_bit_attention), step, *tables, *(t for s in samples for t in s[:3]))
-        return [found] if len(samples) == 1 else list(found)
+        found = self.graphs.run(("velocities", key, self.eight_bit_attention), step, *tables, *(t for s in samples for t in s.tensors))
+        return [found] if isinstance(found, torch.Tensor) else list(found)
 
     def weights_changed(self, layers: set[str]) -> None:
         """To be told when the named layers' weights were changed in place: what was computed from them is forgotten."""
@@ -119,7 +136,7 @@ class FusedTransformer:
             cache.clear()
 
     def _step(self, layout: "_Layout", *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        count = len(tensors) // 5
+        count = len(tensors) // 5  # of each sample two tables of its modulation, then of each its `Sample.tensors`
         tables, inputs = tensors[: 2 * count], tensors[2 * count :]
         samples = [inputs[i : i + 3] for i in range(0, 3 * count, 3)]
         words = torch.cat([embeds.flatten(0, 1) for _, _, embeds in samples])
@@ -176,7 +193,7 @@ class FusedTransformer:
         if to is not None and to.k.dtype == EIGHT:
             norm_rope_quantize(*given, block.scales, to, move_q)
         else:
-            qk_norm_rope(*given, to if move_q else to._replace(q=None))
+            qk_norm_rope(*given, to if move_q or to is None else to._replace(q=None))
 
     def attend(self, block: Block, q, k, v, alone: bool = False) -> torch.Tensor | Quantized:
         """(B * R, D) from queries (B, R, H, d), keys and values (B, S, H, d).
@@ -187,7 +204,9 @@ class FusedTransformer:
         if k.dtype == EIGHT:
             if alone and block.out_input_dtype == EIGHT:
                 return attend_fp8(q, k, v, block.scales, eight_bit=True)
-            return attend_fp8(q, k, v, block.scales).to(block.norms.dtype).flatten(0, 1)
+            attended = attend_fp8(q, k, v, block.scales)
+            assert isinstance(attended, torch.Tensor)
+            return attended.to(block.norms.dtype).flatten(0, 1)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if not q.is_cuda:
             attended = F.scaled_dot_product_attention(q, k, v)
@@ -232,10 +251,11 @@ class FusedTransformer:
                 noise.append(texts + image + torch.arange(tokens[0]))
                 begin, image = begin + length, image + length - text
             tables += length
-        rows = [torch.cat(a + b).int().to(self.device) for a, b in (row_types, positions, destinations)]
+        in_rows = (torch.cat(a + b).int().to(self.device) for a, b in (row_types, positions, destinations))
+        of_types, of_positions, of_destinations = in_rows
         ropes = [self.rope(shapes, text) for shapes, _, text in key]
         cos, sin = (torch.cat(t) for t in zip(*ropes, strict=True))
-        return _Layout(texts, *rows, torch.cat(noise).to(self.device), cos, sin, runs)
+        return _Layout(texts, of_types, of_positions, of_destinations, torch.cat(noise).to(self.device), cos, sin, runs)
 
 
 class _Layout(NamedTuple):
@@ -259,14 +279,15 @@ class _Joint:
         self.text, self.row_types, self.noise = layout.text, layout.row_types, layout.noise
         self._alone = len(layout.runs) == 1 and layout.runs[0][1] == 1  # then the rows are in attention's order already
 
-    def attend(self, i: int, block: Block, h: torch.Tensor | Quantized, only_noise=False) -> torch.Tensor | Quantized:
+    def attend(self, i: int, block: Block, h: torch.Tensor | Quantized, only_noise: bool = False) -> torch.Tensor | Quantized:
         """(R, D), or for the noise alone (N, D)."""
         fused, layout = self._fused, self._layout
         joint = qkv = fused.qkv(block, h, self.text)
         to = None
         if fused.eight_bit_attention or not self._alone:
             joint = torch.empty_like(qkv, dtype=EIGHT if fused.eight_bit_attention else qkv.dtype)
-            to = Destinations(*joint.unbind(1), None if self._alone else layout.destinations)
+            q, k, v = joint.unbind(1)
+            to = Destinations(q, k, v, None if self._alone else layout.destinations)
         fused.norm_rope(block, qkv, self.row_types, layout.positions, (layout.cos, layout.sin), to)
         attended = []
         for begin, batch, length, text, noise in layout.runs:
@@ -296,13 +317,14 @@ def _fastest_backend(q, k, v) -> SDPBackend:
                 times[backend] = begin.elapsed_time(end)
         except RuntimeError:  # not for this shape or this GPU
             continue
-    return min(times, key=times.get) if times else SDPBackend.MATH
+    return min(times, key=times.__getitem__) if times else SDPBackend.MATH
 
 
-def _check(transformer) -> None:
+def _check(transformer: Any) -> None:
     """UnsupportedError unless every layer is of the kind that is written down above, and on CUDA without Triton."""
-    if type(transformer) is not QwenImageTransformer2DModel:
-        raise UnsupportedError(f"the transformer is a {type(transformer).__name__}")
+    kind = type(transformer)  # by its name: the model's own attributes have no types
+    if kind is not QwenImageTransformer2DModel:
+        raise UnsupportedError(f"the transformer is a {kind.__name__}")
     if transformer.device.type == "cuda" and triton is None:
         raise UnsupportedError("its kernels need Triton, which is not installed")
     if reason := foreign(transformer):

@@ -13,7 +13,7 @@ without bias and shortcut, and the next layer adds both in the pass in which it 
 
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,8 @@ def single_frame_vae(vae: AutoencoderKLQwenImage, device: torch.device | None = 
     device = device or vae.device
     if device.type == "cuda" and vae_kernels.triton is None:
         raise UnsupportedError("the VAE's kernels need Triton, which is not installed")
-    return SingleFrameVAE(vae).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    made: Any = SingleFrameVAE(vae)  # torch's types know `to` with a memory format and no device
+    return made.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 class SingleFrameVAE(nn.Module):
@@ -174,6 +175,11 @@ def _weight(conv: QwenImageCausalConv3d | nn.Conv2d) -> torch.Tensor:
     return conv.weight.detach()[:, :, -1]
 
 
+def _bias(conv: QwenImageCausalConv3d | nn.Conv2d) -> torch.Tensor:
+    assert conv.bias is not None  # all of this VAE have one
+    return conv.bias.detach()
+
+
 class _Convolution(nn.Module):
     """A convolution that leaves its bias to the next layer's kernel."""
 
@@ -183,10 +189,10 @@ class _Convolution(nn.Module):
         self.channels = weight.shape[0]
         # Tensor cores take channels by eight. Pixels have three: zeros appended to them change no sum.
         self.weight = nn.Parameter(F.pad(weight, (0, 0, 0, 0, 0, -weight.shape[1] % 8, 0, -weight.shape[0] % 8)))
-        self.bias = nn.Parameter(conv.bias.detach().clone())
+        self.bias = nn.Parameter(_bias(conv).clone())
         self.stride = conv.stride[-2:]
         # `_padding` is (left, right, top, bottom, past, future); the class keeps it apart from nn.Conv3d's own.
-        self.padding = conv.padding if isinstance(conv, nn.Conv2d) else (conv._padding[2], conv._padding[0])
+        self.padding: Any = conv.padding if isinstance(conv, nn.Conv2d) else (conv._padding[2], conv._padding[0])
 
     def forward(self, sum_: _Sum) -> _Sum:
         x = vae_kernels.add(*sum_)
@@ -197,16 +203,17 @@ class _Convolution(nn.Module):
 
 
 class _Pointwise(nn.Linear):
-    def forward(self, sum_: _Sum) -> _Sum:
+    def forward(self, sum_: _Sum) -> _Sum:  # pyright: ignore[reportIncompatibleMethodOverride] - a layer of this file's
         return _Sum(super().forward(vae_kernels.add(*sum_)))
 
 
 def _pointwise(conv: QwenImageCausalConv3d | nn.Conv2d, channels: int | None = None) -> _Pointwise:
     """A convolution over single pixels as a matrix product: its first `channels` outputs, or all."""
     weight = _weight(conv)[:channels, :, 0, 0]
-    linear = _Pointwise(*reversed(weight.shape), device=weight.device, dtype=weight.dtype)
+    outputs, inputs = weight.shape
+    linear = _Pointwise(inputs, outputs, device=weight.device, dtype=weight.dtype)
     linear.weight.data.copy_(weight)
-    linear.bias.data.copy_(conv.bias[:channels])
+    linear.bias.data.copy_(_bias(conv)[:channels])
     return linear
 
 
@@ -255,7 +262,7 @@ class _Attention(nn.Module):
 class _Resample(nn.Module):
     """To half the size: zeros below and to the right, every second pixel. To double: every pixel four times."""
 
-    def __init__(self, change: nn.Upsample | nn.ZeroPad2d, conv: nn.Conv2d):
+    def __init__(self, change: nn.Module, conv: Any):
         super().__init__()
         if isinstance(change, nn.Upsample) and change.scale_factor == (2.0, 2.0) and change.mode == "nearest-exact":
             self.change = vae_kernels.add_upsample

@@ -21,6 +21,7 @@ import itertools
 import operator
 import types
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import get_parameter_dtype
@@ -39,6 +40,9 @@ _TRANSIENT = {"_feat_map", "_conv_idx", "_conv_num", "_enc_feat_map", "_enc_conv
 _LAZY = _TRANSIENT | {"_diffusers_hook"}
 _PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (nn.Module, type, torch.Tensor, types.FunctionType, types.MethodType, torch.dtype, torch.device)
+
+
+_call: Any = operator.call  # its own type does not fit `map`'s
 
 
 class Component:
@@ -61,10 +65,10 @@ class Component:
         """
         return module is self._module and self._watch is not None and self._watch.in_place()
 
-    def renew(self, module) -> None:
+    def renew(self, module: Any) -> None:
         """Takes `module` as it is for unchanged: after moves of the fast path's own."""
         self._module = module
-        self._watch = Watch(module) if isinstance(module, nn.Module) else None
+        self._watch = Watch(module) if isinstance(self._module, nn.Module) else None
         # A LoRA that was fused and unloaded leaves the very layers that were there before, with other numbers in them. What it
         # does leave is None here, in the place of the class's False.
         if getattr(type(module), "_hf_peft_config_loaded", None) is False and not module._hf_peft_config_loaded:
@@ -99,8 +103,8 @@ class Watch:
         self._sizes = list(map(len, self._sized))
         self._members = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
         self._own = [own for own, _ in attributes]
-        self._getters = [operator.itemgetter(*names, "_modules", "_buffers") for _, names in attributes]  # two names: a tuple
-        self._values = list(itertools.chain.from_iterable(map(operator.call, self._getters, self._own)))
+        self._getters: list[Any] = [operator.itemgetter(*names, "_modules", "_buffers") for _, names in attributes]  # two names: a tuple
+        self._values = list(itertools.chain.from_iterable(map(_call, self._getters, self._own)))
         self._parameters = [p for p in self._members if isinstance(p, torch.Tensor) and not p.is_inference()]
         if placed_by_hooks(modules):
             # Offloading one weight at a time puts new parameters in at every call: those that lie nowhere say so.
@@ -147,7 +151,7 @@ class Watch:
     def same(self) -> bool:
         """Whether nothing that is compared has changed."""
         try:
-            values = itertools.chain.from_iterable(map(operator.call, self._getters, self._own))
+            values = itertools.chain.from_iterable(map(_call, self._getters, self._own))
             return (
                 not any(self._empty)
                 and list(map(len, self._sized)) == self._sizes
@@ -173,7 +177,7 @@ def moved_by_hooks(module: nn.Module) -> bool:
     return "_hf_hook" in vars(module) or any("offload" in name for name in hooks)
 
 
-def acts_as_a_whole(text_encoder: nn.Module) -> bool:
+def acts_as_a_whole(text_encoder: Any) -> bool:
     """Whether something waits for a call of the whole model, which runs that go straight to its two towers would miss."""
     return any(
         "_hf_hook" in vars(m)

@@ -102,6 +102,7 @@ class _Wanted(NamedTuple):
         embeds, mask = (
             (p.prompt_embeds, p.mask) if self.context == "cond" else (p.negative_prompt_embeds, p.negative_mask)
         )
+        assert embeds is not None
         batch = len(p.latents)
         return embeds.expand(batch, -1, -1), None if mask is None else mask.expand(batch, -1)
 

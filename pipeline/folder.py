@@ -6,6 +6,7 @@
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -105,9 +106,9 @@ class _PictureProcessor(Qwen2VLProcessor):
         # The base class takes the components from the signature above: two of them, the third is never asked for.
         super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """As stock, with the video half's settings, which stock's class asks for when it reads the folder."""
-        saved = super().save_pretrained(save_directory, **kwargs)
+        saved = super().save_pretrained(save_directory, push_to_hub, **kwargs)
         (Path(save_directory) / _VIDEO_CONFIG).write_text(json.dumps(_video_config(self.image_processor), indent=2))
         return saved
 

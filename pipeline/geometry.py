@@ -11,6 +11,7 @@ everything else speaks of (w, h).
 """
 
 import math
+from typing import overload
 
 import numpy as np
 import torch
@@ -23,7 +24,15 @@ def on_grid(width: int, height: int, unit: int = TOKEN) -> tuple[int, int]:
     return -(-width // unit) * unit, -(-height // unit) * unit
 
 
-def padded(pixels, unit: int = TOKEN):
+@overload
+def padded(pixels: np.ndarray, unit: int = TOKEN) -> np.ndarray: ...
+
+
+@overload
+def padded(pixels: torch.Tensor, unit: int = TOKEN) -> torch.Tensor: ...
+
+
+def padded(pixels: np.ndarray | torch.Tensor, unit: int = TOKEN) -> np.ndarray | torch.Tensor:
     """A numpy array (H, W, 3) or a tensor (B, H, W, 3) on the grid: its last column and row repeated.
 
     Returned as it is if it is on the grid.

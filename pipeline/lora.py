@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from pipeline.folder import edition, is_hub_id
-from pipeline.lora_file import PICKLES, Change, read_lora
+from pipeline.lora_file import PICKLES, Change, read_lora, tensor_of
 from pipeline.picture_files import EditError, clip
 from pipeline.placement import quantization
 from pipeline.sampling import lightning_scheduler
@@ -115,13 +115,14 @@ def open_lora(name: str, transformer: nn.Module, weight: float = 1.0) -> tuple[d
         raise EditError(f"The LoRA weight is {clip(repr(weight))}. Allowed: a finite number; 1 is the LoRA as trained.")
     folder, file, lightning = find_lora(name, edition(transformer))
     if Path(folder).is_dir():
+        assert file is not None
         path = Path(folder) / file
     else:
         path = _download(folder, file)
         lightning |= "lightning" in path.name.lower()
     changes = read_lora(path, transformer, name)
     for layer, change in changes.items():
-        present = transformer.get_submodule(layer).weight
+        present = tensor_of(transformer.get_submodule(layer), "weight")
         if present.is_meta:
             raise EditError("The model's weights are offloaded: its LoRA is chosen before that.")
         if not change.reach() * abs(weight) <= torch.finfo(present.dtype).max / 2:
@@ -168,7 +169,7 @@ def fuse(transformer: nn.Module, changes: dict[str, Change], weight: float) -> N
         change.fuse(transformer.get_submodule(layer), float(weight))
 
 
-def replace_lora(pipeline, origin: Origin, lora: str | None, weight: float | None) -> None:
+def replace_lora(pipeline, origin: Origin, lora: str | None, weight: float) -> None:
     """Takes away the LoRA that `origin` names, fuses `lora` if it is one, and notes it there.
 
     Raises EditError before anything is changed.

@@ -41,7 +41,7 @@ from pipeline.picture_files import EditError, clip
 
 ALLOWED = "Allowed: a .safetensors file of LoRA, DoRA, LoHa, LoKr or differences for the transformer of this model."
 _NAMES = r"(?:\.(?!weight|bias|scale|alpha)[\w-]+)*"  # peft writes the adapter's name between the field and `.weight`
-_FIELDS = [
+_FIELD_NAMES = [
     ("down", rf"(?:[._]lora(?:_A|_a|[._]down)|\.lora_linear_layer\.down){_NAMES}(?:\.weight)?$"),
     ("up", rf"(?:[._]lora(?:_B|_b|[._]up)|\.lora_linear_layer\.up){_NAMES}(?:\.weight)?$"),
     ("up_bias", rf"(?:[._]lora(?:_B|[._]up)){_NAMES}\.bias$"),
@@ -53,7 +53,7 @@ _FIELDS = [
     ("diff", r"\.(?:diff|w_norm)$"),
     ("diff_bias", r"\.(?:diff_b|b_norm)$"),
 ]  # fmt: skip
-_FIELDS = [(name, re.compile(pattern)) for name, pattern in _FIELDS]
+_FIELDS = [(name, re.compile(pattern)) for name, pattern in _FIELD_NAMES]
 # What is no sum of the above, by the names that only it has; the first that is found names the file.
 _OTHERS = [
     ("OFT", r"[._]b?oft_"),
@@ -85,6 +85,13 @@ _CHANGES_BASE = ("pissa", "olora", "corda")  # initial values of peft that are t
 _MAX_KEY = 500
 
 
+def tensor_of(layer: nn.Module, name: str) -> torch.Tensor:
+    """The layer's parameter or buffer of this name."""
+    tensor = getattr(layer, name)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
+
+
 @dataclass(frozen=True)
 class Change:
     """What a file does to one layer. `tensors` are as stored, by field; `factor` is alpha / rank."""
@@ -99,7 +106,7 @@ class Change:
         tensor = self.tensors[field].to(device, torch.float32)
         return tensor.flatten(1) if tensor.dim() > 2 else tensor
 
-    def _matrix(self, name: str, device) -> torch.Tensor:
+    def _matrix(self, name: str, device: torch.device) -> torch.Tensor:
         """One factor of LoHa or LoKr: whole, or the product of its two."""
         if name in self.tensors:
             return self.get(name, device)
@@ -125,23 +132,24 @@ class Change:
         Of DoRA the way from W to the trained weights is gone `weight` times: 0 changes nothing, 1 is as trained.
         """
         if self.kind is not None and "magnitude" in self.tensors:
-            trained = self.added_to(layer.weight, self.factor)
+            present = tensor_of(layer, "weight")
+            trained = self.added_to(present, self.factor)
             magnitude = self.get("magnitude", trained.device)  # (out,), (out, 1): of rows; (1, in): of columns
             along_rows = magnitude.dim() == 1 or magnitude.shape[0] != 1 or trained.shape[0] == 1
             norm = trained.norm(dim=1 if along_rows else 0, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
             trained *= magnitude.reshape(norm.shape) / norm
-            layer.weight.copy_(torch.lerp(layer.weight.float(), trained, weight))
+            present.copy_(torch.lerp(present.float(), trained, weight))
         elif self.kind is not None:
-            layer.weight.copy_(self.added_to(layer.weight, self.factor * weight))
-        if "up_bias" in self.tensors:
-            layer.bias.copy_(layer.bias.float() + self.factor * weight * self.get("up_bias", layer.bias.device))
-        if "diff_bias" in self.tensors:
-            layer.bias.copy_(layer.bias.float() + weight * self.get("diff_bias", layer.bias.device))
+            tensor_of(layer, "weight").copy_(self.added_to(tensor_of(layer, "weight"), self.factor * weight))
+        for field, factor in (("up_bias", self.factor * weight), ("diff_bias", weight)):
+            if field in self.tensors:
+                bias = tensor_of(layer, "bias")
+                bias.copy_(bias.float() + factor * self.get(field, bias.device))
 
     def misfit(self, layer: nn.Module) -> str | None:
         """Why the change cannot be this layer's, in words, or None."""
         shapes = {name: tuple(_flat(t).shape) for name, t in self.tensors.items()}
-        weight, bias = tuple(layer.weight.shape), getattr(layer, "bias", None)
+        weight, bias = tuple(tensor_of(layer, "weight").shape), getattr(layer, "bias", None)
         if self.kind is not None and (shape := _shape(self.kind, shapes)) != weight:
             return f"is {_size(weight)}, its change {_size(shape) if shape else 'of parts that do not fit each other'}"
         for field in {"up_bias", "diff_bias"} & shapes.keys():
@@ -342,7 +350,7 @@ class _Scaling:
 
     def _rank(self, kind: str | None, tensors: dict[str, torch.Tensor]) -> int | None:
         """None where alpha says nothing: differences, and LoKr of two whole factors."""
-        by = {"LoRA": ("down",), "LoHa": ("hada_w1_b",), "LoKr": ("lokr_w2_b", "lokr_w1_b")}.get(kind, ())
+        by = {"LoRA": ("down",), "LoHa": ("hada_w1_b",), "LoKr": ("lokr_w2_b", "lokr_w1_b")}.get(kind or "", ())
         for field in by:
             if field in tensors:
                 return tensors[field].shape[0] if tensors[field].dim() else 0
@@ -361,8 +369,9 @@ def _change(layer: str, keys: dict[str, str], tensors: dict[str, torch.Tensor], 
     if len(kinds) > 1:
         raise _Refused(f"it changes {clip(layer)} in two ways, {' and '.join(kinds)}.")
     kind = kinds[0] if kinds else None
-    whole = [part for part in _PARTS.get(kind, ()) if part <= of.keys()]
-    started = [part for part in _PARTS.get(kind, ()) if part & of.keys()]
+    parts = _PARTS[kind] if kind else ()
+    whole = [part for part in parts if part <= of.keys()]
+    started = [part for part in parts if part & of.keys()]
     # LoKr has two factors, each in one of two forms.
     complete = len(whole) == len(started) and (kind != "LoKr" or [min(p)[:7] for p in whole] == ["lokr_w1", "lokr_w2"])
     if kind == "diff" or kind is None:

@@ -1,5 +1,7 @@
 """A prompt and its pictures through the vision-language model: what `encode_prompt` of the pipeline does for a row."""
 
+from typing import Any
+
 import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
 
@@ -7,9 +9,10 @@ from fast_path.watch import acts_as_a_whole, dtype_of
 from pipeline import denoising, vision_language
 from pipeline.images import Pictures, resample
 from pipeline.stock_call import MAX_SIDE
+from pipeline.whole import Whole
 
 
-class PromptReading:
+class PromptReading(Whole):
     """The inside of a pipeline's first step. Its results are cached under the state of what makes them."""
 
     def _embed(self, prompt: str, pictures: list[Pictures]) -> torch.Tensor:
@@ -55,7 +58,8 @@ class PromptReading:
     def _run_whole_text_encoder(self, prompt: str, pictures: list[Pictures]) -> torch.Tensor:
         """Through the model's own forward, for hooks that wait for it: the vocabulary head costs a row more."""
         patches = [self._patches(picture) for picture in pictures]
-        merge = self.text_encoder.config.vision_config.spatial_merge_size
+        vision: Any = self.text_encoder.config.vision_config
+        merge = vision.spatial_merge_size
         ids, positions, _ = self._tokenise(prompt, tuple((rows // merge, columns // merge) for _, (rows, columns) in patches))
         device, seen = self._execution_device, {}
         if pictures:

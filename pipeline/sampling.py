@@ -57,6 +57,7 @@ class Schedule:
 
     def prepare(self, scheduler) -> None:
         """Sets a scheduler that steps by a rule of its own to the beginning of a run."""
+        assert self.settings is not None
         scheduler.set_timesteps(**self.settings)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
@@ -73,13 +74,13 @@ def schedule_of(
     if type(scheduler) is FlowMatchEulerDiscreteScheduler and not {"step", "set_timesteps"} & vars(scheduler).keys():
         noise, timesteps = noise_levels(scheduler, levels, tokens)
         return Schedule(noise.to(device), timesteps.to(device), width, height, tuple(timesteps.tolist()))
-    settings = {"device": device, "sigmas": levels, "mu": _mu(scheduler.config, tokens)}
+    settings: dict[str, Any] = {"device": device, "sigmas": levels, "mu": _mu(scheduler.config, tokens)}
     taken = inspect.signature(scheduler.set_timesteps).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         if "sigmas" not in taken:  # as stock: it asks for its levels, whatever the scheduler
             raise EditError(f"The scheduler is a {type(scheduler).__name__}, which takes no sigmas. Allowed: flow matching ones.")
         settings = {name: value for name, value in settings.items() if name in taken}
-    own = copy.deepcopy(scheduler)
+    own: Any = copy.deepcopy(scheduler)
     try:
         own.set_timesteps(**settings)
     except (TypeError, ValueError) as error:
@@ -132,7 +133,9 @@ def noise_levels(scheduler, levels: np.ndarray, image_tokens: int) -> tuple[torc
 
 def lightning_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """The scheduler that Lightning LoRAs were distilled on."""
-    return FlowMatchEulerDiscreteScheduler.from_config(LIGHTNING_SCHEDULER)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(LIGHTNING_SCHEDULER)
+    assert isinstance(scheduler, FlowMatchEulerDiscreteScheduler)  # a pair with what was not used, if that is asked for
+    return scheduler
 
 
 def is_lightning(scheduler) -> bool:

@@ -1,8 +1,8 @@
 """Stock's `__call__`: the five steps behind its arguments."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
@@ -13,12 +13,13 @@ from pipeline import vision_language
 from pipeline.geometry import aspect, in_shape, same_shape
 from pipeline.images import EditError, Pictures, download
 from pipeline.sampling import Schedule
+from pipeline.whole import Whole
 
 MAX_SIDE = 4096
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent", "uint8")
 
 
-class StockCall:
+class StockCall(Whole):
     """What a pipeline with the five steps needs to be called as stock's is."""
 
     @torch.no_grad()
@@ -44,7 +45,7 @@ class StockCall:
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 512,
         *,
         reference_area: int | str | None = None,
@@ -60,14 +61,16 @@ class StockCall:
         slots = self.open_references(image, most=None)
         width, height = self._output_size(width, height, slots, reference_area)
         if prompt_embeds is None:
-            prompt = vision_language.prompts(prompt, may_be_empty=False)
+            texts = prompt = vision_language.prompts(prompt, may_be_empty=False)
+        else:
+            texts = prompt_embeds
         grid_width, grid_height = self._grid(width, height)
         self.check_inputs(
             prompt, grid_height, grid_width, negative_prompt, prompt_embeds, negative_prompt_embeds, prompt_embeds_mask,
             negative_prompt_embeds_mask, list(callback_on_step_end_tensor_inputs), max_sequence_length,
         )  # fmt: skip
         self._guidance_scale, self._attention_kwargs, self._interrupt = guidance_scale, attention_kwargs or {}, False
-        batch = common_batch([len(prompt if prompt_embeds is None else prompt_embeds), *map(len, slots)])
+        batch = common_batch([len(texts), *map(len, slots)])
         slots = [slot.repeat(num_images_per_prompt) for slot in slots]
 
         def encode(prompt, embeds, mask):
@@ -93,7 +96,7 @@ class StockCall:
                 on_step_end=self._step_end(callback_on_step_end, callback_on_step_end_tensor_inputs, schedule, bar),
                 transformer_kwargs=self._transformer_kwargs(),
             )  # fmt: skip
-        images = self._deliver(latents, width, height, output_type)
+        images: Any = self._deliver(latents, width, height, output_type)  # stock's class names two of the five kinds
         self.maybe_free_model_hooks()
         return QwenImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -122,7 +125,7 @@ class StockCall:
         self._check_size(width, height)
         return width, height
 
-    def _step_end(self, callback: Callable | None, inputs: list[str], schedule: Schedule, bar):
+    def _step_end(self, callback: Callable | None, inputs: Sequence[str], schedule: Schedule, bar):
         """Stock's `callback_on_step_end` as `denoise` calls it."""
 
         def step_end(i: int, latents: torch.Tensor, prompt_embeds: torch.Tensor):
@@ -143,8 +146,8 @@ class StockCall:
         return scale > 1 and has_negative
 
     def _transformer_kwargs(self) -> dict[str, Any]:
-        kwargs = {"attention_kwargs": self._attention_kwargs}
-        if self.transformer.config.guidance_embeds:
+        kwargs: dict[str, Any] = {"attention_kwargs": self._attention_kwargs}
+        if cast(Any, self.transformer.config).guidance_embeds:
             if self._guidance_scale is None:
                 raise EditError("This model is guidance-distilled: guidance_scale is required.")
             kwargs["guidance"] = torch.full([1], self._guidance_scale, device=self._execution_device)
@@ -152,7 +155,7 @@ class StockCall:
             stock.logger.warning("guidance_scale is ignored: this model is not guidance-distilled.")
         return kwargs
 
-    def _deliver(self, latents: torch.Tensor, width: int, height: int, output_type: str):
+    def _deliver(self, latents: torch.Tensor, width: int, height: int, output_type: str | None):
         if output_type == "latent":
             return latents
         if output_type == "uint8":
@@ -171,6 +174,6 @@ def common_batch(sizes: list[int]) -> int:
     return several[0] if several else 1
 
 
-def is_whole(value, lowest: int, highest: int) -> bool:
+def is_whole(value: object, lowest: int, highest: int) -> bool:
     """Whether `value` is a whole number (no bool) in the range, its ends included."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and lowest <= value <= highest
+    return isinstance(value, Integral) and not isinstance(value, bool) and lowest <= int(value) <= highest

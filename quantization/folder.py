@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,7 +34,8 @@ def save_quantized(transformer: nn.Module, folder: Path) -> None:
     if len(kinds) != 1:
         raise QuantizationError(f"the model's quantised layers are of the kinds {sorted(kinds)}. Allowed: one kind.")
     folder.mkdir(parents=True, exist_ok=True)
-    transformer.save_config(folder)
+    save_config: Any = transformer.save_config  # of a diffusers model
+    save_config(folder)
     tensors = {name: t.contiguous() for name, t in transformer.state_dict().items()}
     # Layers that share a buffer are views of it, which safetensors refuses: each is copied to be written on its own.
     tensors = {name: t.clone() if t.untyped_storage().nbytes() > t.nbytes else t for name, t in tensors.items()}
@@ -104,11 +106,11 @@ def load_quantized(folder: Path, kinds: Iterable[type[QuantizedLinear]], *, devi
     """
     source = folder / "transformer"
     name_of_kind, groups = _read_note(source)
-    kinds = {kind.kind: kind for kind in kinds}
-    if name_of_kind not in kinds:
-        raise QuantizationError(f'{source} is quantised as "{name_of_kind}". Allowed: {", ".join(kinds)}.')
+    by_name = {kind.kind: kind for kind in kinds}
+    if name_of_kind not in by_name:
+        raise QuantizationError(f'{source} is quantised as "{name_of_kind}". Allowed: {", ".join(by_name)}.')
     model = _empty_transformer(source)
-    _put_empty_layers(model, kinds[name_of_kind], groups, dtype, source)
+    _put_empty_layers(model, by_name[name_of_kind], groups, dtype, source)
     expected = {name: (t.dtype, t.shape) for name, t in model.state_dict().items()}
     eight_bit = {f"{name}.{parameter}" for name in groups for parameter in ("weight", "scale")}
     for file in sorted(source.glob(FILES)):
@@ -177,11 +179,13 @@ def _empty_transformer(source: Path) -> nn.Module:
     from diffusers import QwenImageTransformer2DModel
 
     try:
-        config = QwenImageTransformer2DModel.load_config(source)
+        config: Any = QwenImageTransformer2DModel.load_config(source)
     except (OSError, ValueError) as error:
         raise QuantizationError(f"{source / 'config.json'} cannot be read: {error}") from error
     with init_empty_weights():
-        return QwenImageTransformer2DModel.from_config(config)
+        model = QwenImageTransformer2DModel.from_config(config)
+    assert isinstance(model, nn.Module)  # a pair with what was not used, if that is asked for
+    return model
 
 
 def _link(source: str, target: str) -> None:

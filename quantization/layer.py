@@ -9,6 +9,8 @@ Why not torchao: its int8 was slower than bf16 on an H200 and its fp8 needed one
 size (2-step frames, torch 2.11); here nothing is compiled but a few small kernels, once.
 """
 
+import functools
+
 import torch
 from torch import nn
 
@@ -173,20 +175,21 @@ class QuantizedLinear(nn.Module):
         x = self.quantize(torch.randn(rows, self.in_features, device=self.weight.device, dtype=dtype))
         copies = [self] + [self.copied() for _ in range(int(min(16, COLD_BYTES // self.weight.nbytes + 1)))]
         out = torch.empty(rows, self.out_features, dtype=dtype, device=self.weight.device)
-        times, failed = {}, {}
+        times: dict[tuple[str, Config | None], float] = {}
+        failed = {}
         for way in self._ways(rows, backends):
             try:
-                calls = [lambda layer=layer, way=way: layer.multiply(x, *way, out, False) for layer in copies]
-                times[way] = measure_us(calls)
+                times[way] = measure_us([functools.partial(layer.multiply, x, *way, out, False) for layer in copies])
             except Exception as error:  # too much shared memory, or a form that this GPU or this Triton lacks
                 failed[way] = error
         if not times:
             raise RuntimeError(f"nothing multiplies {rows} x {tuple(self.weight.shape)} here: {failed}")
-        best = min(times, key=times.get)
+        best = min(times, key=times.__getitem__)
         text = f"{times[best]:.1f} us for {rows} rows"
-        for backend in dict.fromkeys(b for b, _ in times if b != best[0]):
-            text += f"; {backend} {min(t for (b, _), t in times.items() if b == backend):.1f} us"
-        return Choice(*best, f"measured here: {text}" + (f" ({best[1]})" if best[1] else ""))
+        backend, config = best
+        for other in dict.fromkeys(b for b, _ in times if b != backend):
+            text += f"; {other} {min(t for (b, _), t in times.items() if b == other):.1f} us"
+        return Choice(backend, config, f"measured here: {text}" + (f" ({config})" if config else ""))
 
     def _ways(self, rows: int, backends: tuple[str, ...]) -> list[tuple[str, Config | None]]:
         configs = [config for config in CANDIDATES if fits(config, row_bucket(rows), self.weight.device)]

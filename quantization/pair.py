@@ -8,7 +8,7 @@ from quantization import products
 from quantization.choices import PAIRS, Choice, Choices, Shape
 from quantization.layer import CHUNK, COLD_BYTES, QuantizedLinear
 from quantization.rows import Quantized, empty_rows
-from quantization.tiles import PAIR_CANDIDATES, fits
+from quantization.tiles import PAIR_CANDIDATES, Config, fits
 from quantization.timing import measure_us
 
 
@@ -64,7 +64,9 @@ class QuantizedPair:
         out = torch.empty(rows, self.out_features, dtype=dtype, device=x.values.device)
         choice = self.choice(rows, first, dtype)
         if choice.backend == "joint":
-            return self.multiply(x, first, out, choice.config, gelu)
+            assert choice.config is not None
+            self.multiply(x, first, out, choice.config, gelu)
+            return out
         return self._separately(x, first, out, gelu)
 
     def then(self, following: "QuantizedPair", x: torch.Tensor | Quantized, first: int) -> Quantized:
@@ -72,12 +74,13 @@ class QuantizedPair:
 
         It is quantised inside the product kernel if `x` brings norms and `following` reads e4m3.
         """
-        rows = len(x.scales) if isinstance(x, Quantized) else 0
-        if rows and x.norms is not None and following.norm_output_dtype == torch.float8_e4m3fn:
-            choice = self.choice(rows, first, self.whole.dtype)
-            if choice.config is not None:
-                out = empty_rows(rows, self.out_features, following.norm_output_dtype, x.values.device)
-                return self.multiply(x, first, out, choice.config, True, self.limits)
+        eight_bit = following.norm_output_dtype
+        if isinstance(x, Quantized) and len(x.scales) and x.norms is not None and eight_bit == torch.float8_e4m3fn:
+            choice = self.choice(len(x.scales), first, self.whole.dtype)
+            if choice.config is not None and eight_bit is not None:
+                out = empty_rows(len(x.scales), self.out_features, eight_bit, x.values.device)
+                self.multiply(x, first, out, choice.config, True, self.limits)
+                return out
         return following.quantize(self(x, first), gelu=True)
 
     def choice(self, rows: int, first: int, dtype: torch.dtype) -> Choice:
@@ -93,11 +96,19 @@ class QuantizedPair:
         backends = ("joint", "separate")
         return self.choices.find(shape, dtype, device, backends, lambda: self.measure(rows, first, dtype), unmeasured)
 
-    def multiply(self, x: Quantized, first: int, out, config, gelu: bool, limits=None) -> torch.Tensor | Quantized:
-        """Both products in one launch, see `products.multiply`."""
+    def multiply(
+        self,
+        x: Quantized,
+        first: int,
+        out: torch.Tensor | Quantized,
+        config: Config,
+        gelu: bool,
+        limits: torch.Tensor | None = None,
+    ) -> None:
+        """Both products in one launch, written to `out`; see `products.multiply`."""
         whole = self.whole
         weight = Quantized(whole.weight, whole.scale)
-        return products.multiply(x, weight, whole.bias, out, config, gelu, first, limits)
+        products.multiply(x, weight, whole.bias, out, config, gelu, first, limits)
 
     def _separately(self, x: Quantized, first: int, out: torch.Tensor, gelu: bool) -> torch.Tensor:
         for layer, rows in zip(self.parts, (slice(0, first), slice(first, None)), strict=True):
@@ -113,17 +124,18 @@ class QuantizedPair:
         out = torch.empty(rows, self.out_features, dtype=dtype, device=device)
         more = int(min(16, COLD_BYTES // self.whole.weight.nbytes + 1))
         pairs = [self] + [QuantizedPair(*([part.copied()] for part in self.parts)) for _ in range(more)]
-        separate = measure_us([lambda pair=pair: pair._separately(x, first, out, False) for pair in pairs])
-        times, failed = {}, {}
+        separate = measure_us([functools.partial(pair._separately, x, first, out, False) for pair in pairs])
+        times: dict[Config, float] = {}
+        failed = {}
         for config in PAIR_CANDIDATES:
             if fits(config, rows, device):
-                calls = [lambda pair=pair, c=config: pair.multiply(x, first, out, c, False) for pair in pairs]
+                calls = [functools.partial(pair.multiply, x, first, out, config, False) for pair in pairs]
                 try:
                     times[config] = measure_us(calls)
                 except Exception as error:  # as in `QuantizedLinear.measure`
                     failed[config] = error
         if not times:
             return Choice("separate", None, f"no way to multiply both in one launch works here: {failed}")
-        best = min(times, key=times.get)
+        best = min(times, key=times.__getitem__)
         reason = f"measured here: joint {times[best]:.1f} us ({best}), separate {separate:.1f} us for {rows} rows"
         return Choice("joint" if times[best] < separate else "separate", best, reason)

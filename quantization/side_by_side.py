@@ -21,7 +21,7 @@ def pack(
     Each parameter becomes a view of the buffer. `rows` and `columns` are the multiples to which each parameter is padded
     with zeros. If the parameters are such views already, their buffer is returned and nothing is copied or moved.
     """
-    parameters = [getattr(module, name) for module in modules]
+    parameters: list[torch.Tensor] = [getattr(module, name) for module in modules]
     first = parameters[0]
     device = first.device if device is None else torch.device(device)
     starts = [0, *accumulate(round_up(len(parameter), rows) for parameter in parameters)]

@@ -1,12 +1,12 @@
 """Microseconds that GPU functions take, measured in a CUDA graph: without the time that launching them takes."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 
-def measure_us(functions: list[Callable[[], object]], rounds: int = 4) -> float:
+def measure_us(functions: Sequence[Callable[[], object]], rounds: int = 4) -> float:
     """Microseconds per call: `functions` run one after the other in a CUDA graph, the best of `rounds` replays counts.
 
     Give each function weights of its own that add up to more than the L2 cache: then weights are read from memory, as in
@@ -17,7 +17,7 @@ def measure_us(functions: list[Callable[[], object]], rounds: int = 4) -> float:
 
 
 @torch.no_grad()
-def record(functions: list[Callable[[], object]]) -> "torch.cuda.CUDAGraph":
+def record(functions: Sequence[Callable[[], object]]) -> "torch.cuda.CUDAGraph":
     """A CUDA graph of all functions, one after the other. They run once before, so that kernels are compiled."""
     for function in (functions[0], *functions):
         function()

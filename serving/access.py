@@ -18,6 +18,7 @@ import reprlib
 import secrets
 from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -268,9 +269,9 @@ def names_this_host(connection: HTTPConnection, address: str) -> bool:
     return bool(parts.netloc) and parts.netloc.lower().removesuffix(default_port) in ours
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     """The value as JSON can carry it: dataclasses as dicts, numpy numbers as numbers, what is neither as text."""
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}

@@ -13,6 +13,8 @@ that says nothing cannot keep out those who say something. Where every connectio
 import asyncio
 import ipaddress
 import logging
+from asyncio import constants as asyncio_constants
+from typing import Any
 
 from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -34,7 +36,7 @@ def address_of(client: tuple | None) -> str:
     if ":" not in host:
         return host
     address = ipaddress.ip_address(host.partition("%")[0])
-    if address.ipv4_mapped is not None:
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         return str(address.ipv4_mapped)
     return host if address.is_loopback else str(ipaddress.ip_network((address, 64), strict=False))
 
@@ -102,6 +104,10 @@ class Connection(H11Protocol):
             self._deadline.cancel()
             self._deadline = None
 
+    def _due(self) -> float:
+        assert self._deadline is not None  # it waits
+        return self._deadline.when()
+
     def _too_late(self) -> None:
         self._deadline = None
         self.transport.abort()
@@ -109,7 +115,7 @@ class Connection(H11Protocol):
     def _crowded(self) -> bool:
         """Whether this connection is one too many, after the longest waiting one has been sent away for it."""
         own = address_of(self.client)
-        others = [other for other in self.connections if other is not self]
+        others: list[Any] = [other for other in self.connections if other is not self]  # uvicorn's protocols, of any kind
         of_address = [other for other in others if address_of(other.client) == own]
         for group, most in ((of_address, self.most // 2), (others, self.most)):
             if len(group) < most:
@@ -117,7 +123,7 @@ class Connection(H11Protocol):
             waiting = [other for other in group if isinstance(other, Connection) and other.waiting]
             if not waiting:
                 return True
-            oldest = min(waiting, key=lambda other: other._deadline.when())
+            oldest = min(waiting, key=Connection._due)
             oldest._stop_waiting()
             oldest.connections.discard(oldest)
             oldest.transport.abort()
@@ -131,7 +137,7 @@ def bound(config: Config) -> None:
     most = min(MAX_CONNECTIONS, max(16, raise_descriptor_limit() // 2))
     config.http_protocol_class = type("Connection", (Connection,), {"most": most})
     # asyncio takes the time for a TLS handshake from here, and uvicorn passes on no other; its own is a minute.
-    asyncio.constants.SSL_HANDSHAKE_TIMEOUT = TLS_TIMEOUT_S
+    asyncio_constants.SSL_HANDSHAKE_TIMEOUT = TLS_TIMEOUT_S
     accept_log = logging.getLogger("asyncio")
     if not any(isinstance(kind, _OnceAMinute) for kind in accept_log.filters):
         accept_log.addFilter(_OnceAMinute())

@@ -18,6 +18,7 @@ import struct
 import warnings
 
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from pipeline.picture_files import EditError, open_image
 
@@ -79,7 +80,7 @@ def _answer(target, kind: bytes, data: bytes, max_pixels: int) -> int:
     else:
         height, width = pixels.shape[:2]
         target.write(REPLY.pack(b"p", height, width, pixels.nbytes))
-        target.write(memoryview(pixels).cast("B"))
+        target.write(pixels.data.cast("B"))
         return height * width
     told = text.encode(errors="replace")[:2000]
     target.write(REPLY.pack(b"e", 0, 0, len(told)) + told)
@@ -90,6 +91,7 @@ def png_text(data: bytes) -> dict[str, str]:
     """What the PNG says of itself in words; empty for any other file."""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            assert isinstance(image, PngImageFile)
             return {str(key): str(value) for key, value in image.text.items()}
     except Exception:  # whether it is a picture is said elsewhere
         return {}

@@ -24,17 +24,18 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 try:
-    from fcntl import F_SETPIPE_SZ, fcntl
-except ImportError:  # only Linux has both
-    F_SETPIPE_SZ = fcntl = None
+    import fcntl
+except ImportError:  # there is none on Windows
+    fcntl = None
 
 from pipeline.picture_files import MAX_PIXELS, EditError, check_size, open_image
 from serving import inspection
@@ -229,7 +230,7 @@ class Decoder:
         return inspection.inspect(data)
 
     @contextlib.contextmanager
-    def _worker(self, sender: Sender, work: int):
+    def _worker(self, sender: Sender, work: int) -> Iterator["_Worker"]:
         """A worker, once it is this picture's turn; ended when the sender leaves."""
         with self._changed:
             if len(self._places) >= self.limits.waiting + self.limits.workers:
@@ -241,8 +242,10 @@ class Decoder:
         try:
             with sender._ended_by(self._wake):
                 self._await_turn(place, sender)
-            with sender._ended_by(place.worker.end):
-                yield place.worker
+            worker = place.worker
+            assert worker is not None  # it is this place's turn
+            with sender._ended_by(worker.end):
+                yield worker
         finally:
             with self._changed:
                 del self._places[place.number]
@@ -317,7 +320,7 @@ class _Worker:
         self._process: subprocess.Popen | None = None
         self.killed = 0  # processes that ended, by themselves or by `end`, before their picture was open
 
-    def ask(self, kind: bytes, data: bytes, max_pixels: int):
+    def ask(self, kind: bytes, data: bytes, max_pixels: int) -> Any:
         """The pixels uint8 (H, W, 3), or for b"t" the dict. Raises EditError."""
         for attempt in (1, 2):
             process = self._started()
@@ -353,13 +356,13 @@ class _Worker:
                 process.kill()
             process.wait()
 
-    def _answer(self, process: subprocess.Popen, max_pixels: int):
+    def _answer(self, process: subprocess.Popen, max_pixels: int) -> Any:
         letter, height, width, length = REPLY.unpack(_read(process.stdout, bytearray(REPLY.size)))
         if letter == b"p":
             if not 0 < height * width <= max_pixels or length != height * width * 3:
                 raise EOFError  # the file has made its reader say so
             pixels = np.empty((height, width, 3), np.uint8)
-            _read(process.stdout, memoryview(pixels).cast("B"))
+            _read(process.stdout, pixels.data.cast("B"))
             return pixels
         if length > 100 * 2**20:  # Pillow itself stops at 64 MB of text
             raise EOFError
@@ -373,8 +376,9 @@ class _Worker:
             if self._process is not None and self._process.poll() is None:
                 return self._process
             if self._process is not None:
-                self._process.stdin.close()
-                self._process.stdout.close()
+                for pipe in (self._process.stdin, self._process.stdout):
+                    assert pipe is not None
+                    pipe.close()
             limits = self._limits
             environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
             environment |= {
@@ -387,7 +391,8 @@ class _Worker:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment,
             )  # fmt: skip
             process = self._process
-            _widen(process.stdin), _widen(process.stdout)
+            _widen(process.stdin)
+            _widen(process.stdout)
         timer = threading.Timer(limits.start_seconds, self.end, (process,))
         timer.start()
         try:
@@ -421,9 +426,9 @@ def _write(target, data: bytes) -> None:
 
 def _widen(pipe) -> None:
     """A pipe holds 64 kB, which costs a picture thousands of changes from one process to the other."""
-    if fcntl is not None:
+    if fcntl is not None and hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux has it
         with contextlib.suppress(OSError):  # over the system's limit for one user
-            fcntl(pipe, F_SETPIPE_SZ, 2**20)
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 2**20)
 
 
 def _end_all(workers) -> None:

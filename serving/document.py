@@ -11,6 +11,7 @@ import html
 import io
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from fastapi.openapi.models import APIKey, HTTPBase
 from fastapi.openapi.models import SecurityBase as SecurityModel
@@ -52,9 +53,9 @@ def example_picture() -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def refusals(*statuses: int) -> dict[int, dict]:
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """These answers and those that every route has, for a route's `responses`."""
-    answers = {}
+    answers: dict[int | str, dict[str, Any]] = {}
     for status in sorted({*COMMON, *statuses}):
         answers[status] = {"model": RefusalBody, "description": ANSWERS[status]}
         if status in (429, 503):

@@ -84,7 +84,7 @@ class Door:
         self._folder, self._max_file_bytes, self._abandon = folder, max_file_bytes, abandon
         self._calls: collections.Counter[str] = collections.Counter()
         self._streams: collections.Counter[str] = collections.Counter()
-        self._listeners: collections.Counter[str] = collections.Counter()
+        self._listeners: collections.Counter[str | None] = collections.Counter()
         self._left: dict[str, float] = {}  # sessions with events and without a listener: since when, monotonic
         self._reaper: asyncio.Task | None = None
 

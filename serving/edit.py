@@ -29,13 +29,13 @@ from starlette.requests import ClientDisconnect
 
 from engine.fitting import LONGEST, Fitted, at_output_size
 from pipeline.images import EditError, encode_jpeg, encode_png, open_image
-from qwen_realtime import EditParams
+from qwen_realtime import EditParams, EditResult, RealtimeEngine
 from serving.access import Refusal, plain
 from serving.connections import address_of
 from serving.decoding import Busy, Sender
 from serving.holder import EngineHolder, why_not
 from serving.json_bounds import Bounds, read_json
-from serving.models import FORMATS, EditAnswer, check_edit
+from serving.models import FORMATS, EditAnswer, Format, check_edit
 
 MAX_BODY_BYTES = 64 * 2**20  # photographs in base64
 MAX_HELD_BYTES = 512 * 2**20  # bodies and opened pictures of all requests
@@ -143,6 +143,7 @@ class EditQueue:
             self._turns += 1
             self._last_turns[ticket.client] = self._turns
             ticket.running = True
+            assert ticket.called is not None  # it waits
             ticket.called.set()
 
 
@@ -179,13 +180,13 @@ def negotiate(accept: str | None) -> str:
 
 def parse_edit(
     body: bytes, side: int, max_pixels: int = LONGEST**2, decode: Callable[[bytes], np.ndarray] = open_image
-) -> tuple[Fitted, EditParams, str]:
+) -> tuple[Fitted, EditParams, Format]:
     """(pictures, params, format) of a POST /edit body: `read_edit` and `open_edit`."""
     pictures, params, data_format = read_edit(body)
     return open_edit(pictures, params, side, max_pixels, decode), params, data_format
 
 
-def read_edit(body: bytes) -> tuple[list[bytes], EditParams, str]:
+def read_edit(body: bytes) -> tuple[list[bytes], EditParams, Format]:
     """(picture files, params, format) of a POST /edit body; no picture is opened. Raises EditError."""
     edit = check_edit(read_json(body))
     return edit.pictures, edit.params(), edit.format
@@ -269,14 +270,14 @@ class EditDesk:
             if result.error is not None:
                 raise result.error
             if media_type != "application/json":
-                data_format = next(name for name, kind in FORMATS.items() if kind == media_type)
+                data_format: Format = next(name for name, kind in FORMATS.items() if kind == media_type)
             encode = encode_png if data_format == "png" else encode_jpeg
-            data = await loop.run_in_executor(self._pool, encode, result.image)
+            data = await loop.run_in_executor(self._pool, encode, result.picture)
         if media_type != "application/json":
             return _bytes_answer(result, data, data_format)
         return _json_answer(result, data, data_format, began)
 
-    async def _opened(self, request: Request, client: str, files: list[bytes], params: EditParams, engine) -> Fitted:
+    async def _opened(self, request: Request, client: str, files: list[bytes], params: EditParams, engine: RealtimeEngine) -> Fitted:
         """The opened pictures. When the caller hangs up, opening them ends."""
         decoder, sender = self._holder.decoder, Sender(client)
         decode = functools.partial(decoder.open, sender=sender)
@@ -286,7 +287,7 @@ class EditDesk:
         except Busy as error:
             raise Refusal(503, str(error), retry_after_s=5) from None
 
-    async def _run(self, ticket: Ticket, engine, pictures: Fitted, params: EditParams):
+    async def _run(self, ticket: Ticket, engine: RealtimeEngine, pictures: Fitted, params: EditParams) -> EditResult:
         """The EditResult. However this ends, the session is closed and its frame stops within a step."""
         try:
             async with asyncio.timeout(EDIT_TIMEOUT_S):
@@ -315,7 +316,7 @@ class EditDesk:
         return 1.0 if engine is None else engine.stats().stages_ms.get("total", 1000.0) / 1000
 
 
-def ready_engine(holder: EngineHolder):
+def ready_engine(holder: EngineHolder) -> RealtimeEngine:
     """The engine; Refusal 503 while there is none, and where only the page may use it."""
     status = holder.status()
     if status["state"] == "loading":
@@ -327,7 +328,7 @@ def ready_engine(holder: EngineHolder):
         raise Refusal(503, why_not(status), kind="stopping", retry_after_s=10)
     if holder.page_only:
         raise Refusal(503, holder.page_only, kind="page_only")
-    return holder.engine
+    return holder.loaded
 
 
 async def unless_gone(request: Request, work: Coroutine):
@@ -349,7 +350,7 @@ async def unless_gone(request: Request, work: Coroutine):
         await asyncio.gather(*tasks, return_exceptions=True)  # the place is free when this returns
 
 
-def _bytes_answer(result, data: bytes, data_format: str) -> Response:
+def _bytes_answer(result: EditResult, data: bytes, data_format: Format) -> Response:
     timing = ", ".join(f"{name};dur={ms:.1f}" for name, ms in plain(result.stages_ms).items())
     headers = {"Server-Timing": timing, "X-Age-Ms": str(round(result.age_ms, 1)), "X-Seed": str(result.params.seed)}
     if result.notes:
@@ -357,12 +358,12 @@ def _bytes_answer(result, data: bytes, data_format: str) -> Response:
     return Response(data, media_type=FORMATS[data_format], headers=headers)
 
 
-def _json_answer(result, data: bytes, data_format: str, began_monotonic: float) -> EditAnswer:
+def _json_answer(result: EditResult, data: bytes, data_format: Format, began_monotonic: float) -> EditAnswer:
     return EditAnswer(
         image=base64.b64encode(data).decode(),
         format=data_format,
-        width=result.image.shape[1],
-        height=result.image.shape[0],
+        width=result.picture.shape[1],
+        height=result.picture.shape[0],
         seed=result.params.seed,
         stages_ms=plain(result.stages_ms),
         age_ms=round(result.age_ms, 1),

@@ -73,7 +73,8 @@ class Endpoint(APIRoute):
 
     async def _answer(self, request: Request, run) -> Response:
         # HEAD is GET: the server leaves the body out.
-        methods = sorted({*self.methods, *({"HEAD"} if "GET" in self.methods else ())})
+        own = self.methods or set()
+        methods = sorted({*own, *({"HEAD"} if "GET" in own else ())})
         allowed = ", ".join(methods)
         if request.method == "OPTIONS" and self.guard.cors_headers(request).get("Access-Control-Allow-Origin"):
             # A browser's question before the request itself; it brings no credentials and gets nothing but this.

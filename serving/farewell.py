@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from types import FrameType
+from typing import Any
 
 from serving.holder import EngineHolder
 
@@ -27,7 +28,7 @@ class Farewell:
 
     def __init__(self):
         self.asked = threading.Event()
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Farewell":
         self._before = {which: signal.signal(which, self._on_signal) for which in (signal.SIGTERM, signal.SIGINT)}

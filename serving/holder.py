@@ -4,7 +4,9 @@ The routes answer from the first second, the model follows: so they hold an `Eng
 """
 
 import threading
+from typing import Any
 
+from qwen_realtime import RealtimeEngine
 from serving.access import plain
 from serving.decoding import Decoder
 from serving.version import VERSION
@@ -13,7 +15,7 @@ from serving.version import VERSION
 class EngineHolder:
     """The engine, or how far its loading has come. Written by the loader's thread, read by all others."""
 
-    def __init__(self, engine=None, choice: dict | None = None):
+    def __init__(self, engine: RealtimeEngine | None = None, choice: dict[str, Any] | None = None):
         self._changed = threading.Condition()
         self._engine = engine
         self._state = self._phase = "loading" if engine is None else "ready"
@@ -23,8 +25,14 @@ class EngineHolder:
         self.choice = choice or {}  # which model and why: {"model", "lora", "reason", "how_to_get_other"}
 
     @property
-    def engine(self):
+    def engine(self) -> RealtimeEngine | None:
         """The engine, or None while it is loading or when loading failed."""
+        return self._engine
+
+    @property
+    def loaded(self) -> RealtimeEngine:
+        """The engine, for those who know that it is there."""
+        assert self._engine is not None
         return self._engine
 
     def progress(self, text: str, fraction: float, *, warming: bool = False) -> None:
@@ -34,7 +42,7 @@ class EngineHolder:
             self._phase = "warming" if warming else "loading"
             self._changed.notify_all()
 
-    def ready(self, engine) -> None:
+    def ready(self, engine: RealtimeEngine) -> None:
         with self._changed:
             self._engine, self._text, self._fraction = engine, "Ready", 1.0
             self._state = self._phase = "ready"

@@ -63,7 +63,8 @@ def _jpeg(data: bytes) -> Cost:
         else:
             segments += 1
         if kind in _FRAMES and size is None and len(data) >= at + 7:
-            size = struct.unpack_from(">HH", data, at + 3)[::-1]
+            height, width = struct.unpack_from(">HH", data, at + 3)
+            size = width, height
         elif kind == 0xFE or 0xE0 <= kind <= 0xEF:
             extra += length
         if scans > MAX_SCANS or segments > MAX_SEGMENTS:

@@ -38,7 +38,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from engine.fitting import Fitted, at_output_size
 from pipeline.images import EditError, encode_jpeg
-from qwen_realtime import EditParams
+from qwen_realtime import EditParams, EditResult
 from serving.access import failure_kind, plain
 from serving.decoding import LIMITS, Sender
 from serving.holder import EngineHolder
@@ -103,7 +103,7 @@ class LiveRoom:
         position = list(self._line).index(who) + 1
         if position > 1:
             return None, position
-        engine = self.holder.engine
+        engine = self.holder.loaded
         most = engine.config.max_sessions
         if self.sessions >= most - most // 4:  # a quarter is for uploads: live views keep theirs for hours
             return None, position
@@ -242,6 +242,7 @@ class LiveConnection:
                 continue
             arrived = time.monotonic()
             (number, data), self._inbox = self._inbox, None
+            assert self._params is not None  # or there would be no session
             try:
                 picture = await self._holder.decoder.run(self._sender, self._open, data, self._params)
                 if session is not self._session:
@@ -254,7 +255,7 @@ class LiveConnection:
 
     def _open(self, data: bytes, params: EditParams) -> Fitted:
         """The sent picture, already at the output's size where the engine would scale it: its thread is the busy one."""
-        engine = self._holder.engine
+        engine = self._holder.loaded
         image = self._holder.decoder.open(data, self._sender, max_pixels=LIMITS.frame_pixels)
         return at_output_size([image], params, engine.default_size, engine.config.max_pixels, quick=True)
 
@@ -312,11 +313,12 @@ class LiveConnection:
     async def _send_results(self, session) -> None:
         loop, beat = asyncio.get_running_loop(), Beat()
         async for result in session:
-            number, arrived, submitted = self._numbers.pop(result.number, (None, None, None))
+            known = self._numbers.pop(result.number, None)
             for older in [n for n in self._numbers if n < result.number]:
                 del self._numbers[older]  # dropped by the engine for a newer one
-            if number is None:
+            if known is None:
                 continue
+            number, arrived, submitted = known
             if result.error is not None:
                 kind = failure_kind(result.error)
                 failure = {"kind": kind} if kind else {}
@@ -324,14 +326,14 @@ class LiveConnection:
                 continue
             taken = submitted + result.waited_ms / 1000
             period_ms = beat.period_ms(taken, result.waited_ms, result.stages_ms["total"])
-            data = await loop.run_in_executor(self._pool, encode_jpeg, result.image, self._quality)
+            data = await loop.run_in_executor(self._pool, encode_jpeg, result.picture, self._quality)
             meta = json.dumps(self._meta(result, arrived, period_ms)).encode()
             await self._send(bytes=RESULT_HEADER.pack(number, len(meta)) + meta + data)
             if time.monotonic() - self._stats_sent >= self.STATS_EVERY_S:
                 self._stats_sent = time.monotonic()
-                await self._say("stats", memory=plain(self._holder.engine.stats().memory))
+                await self._say("stats", memory=plain(self._holder.loaded.stats().memory))
 
-    def _meta(self, result, arrived: float, period_ms: float) -> dict:
+    def _meta(self, result: EditResult, arrived: float, period_ms: float) -> dict:
         params = result.params
         return {
             "stages_ms": {name: round(ms, 2) for name, ms in result.stages_ms.items()},
@@ -344,8 +346,8 @@ class LiveConnection:
             "skipped": result.skipped,
             "computed": round(result.computed, 3),  # share of the picture; the rest is as it was
             "notes": list(result.notes),
-            "width": result.image.shape[1],
-            "height": result.image.shape[0],
+            "width": result.picture.shape[1],
+            "height": result.picture.shape[0],
             "prompt": params.prompt,
             "steps": params.steps,
             "seed": params.seed,

@@ -40,7 +40,7 @@ def read_base64(value: Any) -> bytes:
 
 
 Picture = Annotated[bytes, BeforeValidator(read_base64)]
-BASE64 = {"format": "byte", "contentEncoding": "base64"}  # what the document says of a Picture
+BASE64: dict[str, Any] = {"format": "byte", "contentEncoding": "base64"}  # what the document says of a Picture
 
 
 def _whole(value: Any) -> Any:
@@ -50,7 +50,7 @@ def _whole(value: Any) -> Any:
 
 def _setting(field: dataclasses.Field) -> tuple[Any, FieldInfo]:
     """The type and the field of a model for one field of EditParams."""
-    name, options = field.name, {"description": field.metadata["means"]}
+    name, options = field.name, dict[str, Any](description=field.metadata["means"])
     if field.default is not dataclasses.MISSING:
         options["default"] = field.default
     if name in CHOICES:
@@ -58,7 +58,7 @@ def _setting(field: dataclasses.Field) -> tuple[Any, FieldInfo]:
     if name in LIMITS:
         low, high = LIMITS[name]
         bounds = Field(ge=low, le=high)
-        number = Annotated[float, bounds] if field.type is float else Annotated[int, bounds, BeforeValidator(_whole)]
+        number: Any = Annotated[float, bounds] if field.type is float else Annotated[int, bounds, BeforeValidator(_whole)]
         return (number | None if field.default is None else number), Field(**options)
     if field.type is bool:
         return bool, Field(**options)
@@ -113,10 +113,10 @@ class EditBody(BaseModel):
 
 def _edit_model(name: str, count: int) -> type[EditBody]:
     """The body with `count` pictures."""
-    fields = {field.name: _setting(field) for field in dataclasses.fields(EditParams)}
+    fields: dict[str, Any] = {field.name: _setting(field) for field in dataclasses.fields(EditParams)}
     modes = tuple(mode for mode, (least, most) in PICTURES.items() if least <= count <= most)
     # With two pictures it depends on blend_ratio, so the document tells no default.
-    unsaid = {"default_factory": lambda: "references"} if len(modes) > 1 else {"default": modes[0]}
+    unsaid: dict[str, Any] = {"default": modes[0]} if len(modes) == 1 else {"default_factory": lambda: "references"}
     about = EditParams.__dataclass_fields__["mode"].metadata["means"]
     fields["mode"] = (Literal[modes], Field(description=about, **unsaid))
     for number, (reference, ordinal) in enumerate(zip(REFERENCES, ("second", "third"), strict=True), 2):
@@ -142,7 +142,7 @@ def check_edit(fields: dict[str, Any]) -> EditBody:
 
 def sentence(error: ValidationError, model: type[BaseModel]) -> str:
     """The first of the errors in our words: which field, what came, what is allowed."""
-    first = error.errors(include_url=False)[0]
+    first: Any = error.errors(include_url=False)[0]
     schemas = model.model_json_schema()["properties"]
     name, value = str(first["loc"][0]) if first["loc"] else "", first["input"]
     if first["type"] == "missing":
@@ -192,7 +192,9 @@ class RefusalBody(BaseModel):
     error: str = Field(description="What came and what is allowed.")
     kind: str = Field(
         description="One word for programs.",
-        json_schema_extra={"enum": sorted({*KINDS.values(), *FAILURES, "loading", "failed_to_load", "page_only", "stopping"})},
+        json_schema_extra={
+            "enum": [*sorted({*KINDS.values(), *FAILURES, "loading", "failed_to_load", "page_only", "stopping"})]
+        },
     )
     detail: str = Field(description="The same text as error.")
 

@@ -223,7 +223,9 @@ def probe_hub(model: str) -> tuple[bool, bool]:
                "text_encoder/model.safetensors.index.json")  # fmt: skip
     at_hand = all(cached(name) for name in ("model_index.json", *indices))
     for name in indices if at_hand else ():
-        shards = set(json.loads(Path(cached(name)).read_text())["weight_map"].values())
+        index = cached(name)
+        assert index is not None
+        shards = set(json.loads(Path(index).read_text())["weight_map"].values())
         at_hand = at_hand and all(cached(f"{name.split('/')[0]}/{shard}") for shard in shards)
     if at_hand or constants.HF_HUB_OFFLINE:
         return at_hand, False

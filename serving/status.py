@@ -8,6 +8,7 @@ Prometheus.
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from fastapi.requests import Request
 from fastapi.responses import Response
@@ -54,7 +55,7 @@ class StatusDesk:
             stats = engine.stats()
             memory |= {f"gpu_{kind}": count for kind, count in stats.memory.items()}
             status["stats"] = stats
-        load = {"queue": self._queue.summary(), "live": self._room.summary(), "decoder": self._holder.decoder.summary()}
+        load: dict[str, Any] = {"queue": self._queue.summary(), "live": self._room.summary(), "decoder": self._holder.decoder.summary()}
         return Health(**status, **load, memory_bytes=memory)
 
     async def ready(self, response: Response) -> Ready:

@@ -88,16 +88,16 @@ class Endpoints:
                 engine = wait_for_engine(self._holder, job, lambda *_, **__: None)
                 images, own = flat([read_picture(path, which, job.open) for path, which in pictures])
                 params = EditParams(prompt=prompt or "", **settings, **own)
-                pictures = at_output_size(images, params, engine.default_size, engine.config.max_pixels)
-                result = run_edit(engine, pictures, params, job, lambda step, of: None)
+                fitted = at_output_size(images, params, engine.default_size, engine.config.max_pixels)
+                result = run_edit(engine, fitted, params, job, lambda step, of: None)
             saved = save_png(result, engine.description["model"])
         except EditError as error:
             raise gr.Error(str(error), print_exception=False) from None
         except Stopped:
             raise gr.Error("The caller has left.", print_exception=False) from None
         about = {
-            "width": result.image.shape[1],
-            "height": result.image.shape[0],
+            "width": result.picture.shape[1],
+            "height": result.picture.shape[0],
             "seed": params.seed,
             "stages_ms": {name: round(ms, 1) for name, ms in result.stages_ms.items()},
             "age_ms": round(result.age_ms, 1),
@@ -160,7 +160,8 @@ class Endpoints:
         def flat(images: list):
             if mode not in MODES:
                 raise EditError(f"mode is {mode!r}. Allowed: {', '.join(MODES)}.")
-            return flatten(*images, mode, [across, down, scale, opacity], blend_ratio)
+            first, second = images
+            return flatten(first, second, mode, [across, down, scale, opacity], blend_ratio)
 
         settings = _settings(steps, width, height, seed, cfg_scale, negative_prompt, fit, reference_area)
         return self._made(request, "composite", [(image, "picture 1"), (ref_image, "picture 2")], prompt, flat, settings)

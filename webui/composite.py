@@ -203,8 +203,8 @@ class CompositeTab:
         place = [values[control] for control in self.place.values()]
         with self._jobs.start(request.session_hash, "composite") as job:
             engine = wait_for_engine(self._holder, job, progress)
-            pair = [read_picture(path, name, job.open) for path, name in files]
-            images, own = flatten(*pair, values[self.mode], place, values[self.ratio])
+            first, second = (read_picture(path, name, job.open) for path, name in files)
+            images, own = flatten(first, second, values[self.mode], place, values[self.ratio])
             settings = self._settings.values_in(values)
             params = edit_params(values[self.prompt], images[0].shape[1::-1], engine.default_size, settings, **own)
             progress(0.0, desc="Reading the prompt and the pictures")

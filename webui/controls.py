@@ -5,6 +5,7 @@ it reaches the live socket without a round trip through Gradio's queue.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import gradio as gr
@@ -92,7 +93,7 @@ def create_settings() -> Settings:
     return settings
 
 
-def edit_params(prompt: str | None, picture: tuple[int, int], side: int, settings: list, **own) -> EditParams:
+def edit_params(prompt: str | None, picture: tuple[int, int], side: int, settings: Sequence, **own) -> EditParams:
     """The shared controls' values as EditParams; `own` are fields that the tab sets itself. `picture` is the first one's
     (width, height), `side` the model's own size. Raises EditError.
     """

@@ -18,8 +18,9 @@ from starlette.responses import JSONResponse
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def disk_full(error: OSError) -> str:
-    if error.errno == errno.EFBIG:
+def disk_full(error: Exception) -> str:
+    """What to say of an error whose `errno` is one of DISK_FULL."""
+    if getattr(error, "errno", None) == errno.EFBIG:
         return "The file is larger than the server may write. Send a smaller picture or a shorter video."
     return "The server's disk is full, so nothing could be saved. Try again later, or tell who runs the server."
 

@@ -5,6 +5,7 @@ address of this very server. `own_file` reads the path out of it: nothing is fet
 any uploaded file.
 """
 
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import gradio as gr
@@ -57,4 +58,5 @@ def answer_in_full(demo: gr.Blocks) -> None:
         result = await run_sync(job.result)
         return list(result) if isinstance(result, tuple) else [result]
 
-    demo.mcp_server_obj._execute_tool_without_progress = outputs
+    server: Any = demo.mcp_server_obj
+    server._execute_tool_without_progress = outputs

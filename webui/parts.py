@@ -5,6 +5,7 @@ and the offer to take the settings over that a picture carries.
 import html
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -71,7 +72,8 @@ def take_file(component: gr.Image | gr.Video) -> None:
     """The handlers get the uploaded file as it is. (A subclass would say the same, but Gradio writes a .pyi file beside
     every module that has one.) Never answer such a component with gr.update or gr.skip: Gradio would build it anew.
     """
-    component.preprocess = lambda payload: None if payload is None else payload.path
+    handlers: Any = component
+    handlers.preprocess = lambda payload: None if payload is None else payload.path
 
 
 def create_ask(name: str, jobs: Jobs) -> tuple[gr.Textbox, gr.Button, gr.Button]:

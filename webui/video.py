@@ -2,13 +2,15 @@
 
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import gradio as gr
+import numpy as np
 
 from engine.fitting import Fitted, notes, sized
 from pipeline.images import EditError, encode_jpeg
-from qwen_realtime import LIMITS, EditParams
+from qwen_realtime import LIMITS, EditParams, Session
 from serving.holder import EngineHolder
 from webui.controls import Settings, edit_params
 from webui.parts import SHOW_RESULT, create_ask, create_chips, take_file, toast
@@ -146,14 +148,15 @@ def steadiness(blend_still: float = BLEND_STILL, start: float = START_FROM_PREVI
     }
 
 
-def editor(session, params: EditParams, job: Job):
+def editor(session: Session, params: EditParams, job: Job) -> Callable[[np.ndarray], np.ndarray]:
     """The function that edits one frame for `edit_video`, at the size that `params` name."""
+    assert params.width is not None and params.height is not None
     size = params.width, params.height
 
-    def edit(picture):
+    def edit(picture: np.ndarray) -> np.ndarray:
         try:
             pictures = Fitted(sized([picture], params, *size), size, notes([picture], params, size))
-            return session.result(session.submit(pictures, params)).image
+            return session.result(session.submit(pictures, params)).picture
         except EditError:
             if job.stopped:  # closing the session is what made it fail
                 raise Stop from None

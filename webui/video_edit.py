@@ -20,9 +20,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
+from av.container import InputContainer
 
 from pipeline.geometry import padded
 from pipeline.images import EditError
@@ -107,7 +109,7 @@ def _writing():
 
 
 @contextlib.contextmanager
-def _open(path: str | Path) -> Iterator[av.container.InputContainer]:
+def _open(path: str | Path) -> Iterator[InputContainer]:
     """The container. Raises EditError on what is no video."""
     size = Path(path).stat().st_size
     if not 0 < size <= MAX_BYTES:
@@ -118,7 +120,7 @@ def _open(path: str | Path) -> Iterator[av.container.InputContainer]:
         file = stack.enter_context(open(path, "rb"))
         try:
             with _reading():
-                container = stack.enter_context(av.open(file, options=options, metadata_errors="replace"))
+                container = stack.enter_context(av.open(file, mode="r", options=options, metadata_errors="replace"))
         except _Damaged as error:
             text = f"The file is not a video that can be read ({error}). Send MP4, MOV, WebM, MKV or AVI."
             raise EditError(text) from None
@@ -164,13 +166,13 @@ def _check(stream: av.VideoStream, seconds: float | None, frames: int | None) ->
         raise EditError(f"The video has {frames:,} frames. Allowed: {MAX_FRAMES:,}. Cut a part out of it.")
 
 
-def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
+def _video_stream(container: InputContainer) -> av.VideoStream:
     if not container.streams.video:
         raise EditError("The file has no video in it, only sound or text.")
     return container.streams.video[0]
 
 
-def _length(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[float | None, int | None]:
+def _length(container: InputContainer, stream: av.VideoStream) -> tuple[float | None, int | None]:
     """(seconds, frames) as the file claims, None where it does not."""
     seconds = None
     if stream.duration and stream.time_base:
@@ -180,8 +182,8 @@ def _length(container: av.container.InputContainer, stream: av.VideoStream) -> t
     if seconds is not None and not seconds > 0:
         seconds = None
     frames = stream.frames
-    if not frames and seconds and _rate(stream):
-        frames = round(seconds * _rate(stream))
+    if not frames and seconds and (rate := _rate(stream)):
+        frames = round(seconds * rate)
     return seconds, frames if frames and frames > 0 else None
 
 
@@ -209,7 +211,9 @@ def probe(path: str | Path) -> VideoInfo:
     raise EditError("The video has no frame that can be read.")
 
 
-def _read(container, source: av.VideoStream, sound: av.AudioStream | None, stopped: Callable[[], bool]):
+def _read(
+    container: InputContainer, source: av.VideoStream, sound: av.AudioStream | None, stopped: Callable[[], bool]
+) -> Iterator[tuple[Any, Any]]:
     """Yields (packet, None) of the sound and (frame, picture) of the video. Raises Stop, and EditError: `_Damaged` where
     the file ends too early.
     """
@@ -231,6 +235,7 @@ def _read(container, source: av.VideoStream, sound: av.AudioStream | None, stopp
             yield packet, None
         for frame in frames:
             with _reading():
+                assert isinstance(frame, av.VideoFrame)
                 picture = upright(frame, aspect)
             yield frame, picture
             read_s, began = 0.0, time.monotonic()
@@ -275,7 +280,7 @@ def edit_video(
             raise
     if target.repeats:
         notes.append(f"The last {target.repeats} is there twice in the file: H.264 wants even sides.")
-    if suffix == ".mkv":
+    if sound is not None and suffix == ".mkv":
         notes.append(f"The sound is {sound.codec.canonical_name}, which MP4 does not carry: the file is Matroska (.mkv).")
     if target.sound_lost:
         notes.append("Some of the sound is damaged and left out.")

@@ -14,15 +14,16 @@ import queue
 import re
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from engine.fitting import Fitted
 from pipeline.images import EditError, encode_png, open_image
-from qwen_realtime import EditParams, EditResult, RealtimeEngine
+from qwen_realtime import EditParams, EditResult, RealtimeEngine, Session
 from serving.decode_worker import png_text
 from serving.decoding import LIMITS, Decoder, Left, Sender
 from serving.holder import EngineHolder, why_not
@@ -66,7 +67,7 @@ class Job:
             raise Stopped from None
 
     @contextlib.contextmanager
-    def session(self, engine: RealtimeEngine):
+    def session(self, engine: RealtimeEngine) -> Iterator[Session]:
         """A session of the engine that `stop` closes. Raises EditError when none is free, and Stopped."""
         with engine.open_session() as session:
             with self._lock:
@@ -90,12 +91,12 @@ class Jobs:
     def __init__(self, decoder: Decoder | None = None):
         self._decoder = decoder or Decoder()
         self._lock = threading.Lock()
-        self._jobs: dict[tuple[str, str], Job] = {}
+        self._jobs: dict[tuple[str | None, str], Job] = {}
 
     @contextlib.contextmanager
-    def start(self, page: str, tab: str):
+    def start(self, page: str | None, tab: str) -> Iterator[Job]:
         """A new job. One that the tab still runs is stopped: its result would not be looked at any more."""
-        job = Job(self._decoder, page)
+        job = Job(self._decoder, page or "")
         with self._lock:
             before, self._jobs[page, tab] = self._jobs.get((page, tab)), job
         if before is not None:
@@ -107,7 +108,7 @@ class Jobs:
                 if self._jobs.get((page, tab)) is job:
                     del self._jobs[page, tab]
 
-    def stop(self, page: str, tab: str | None = None) -> None:
+    def stop(self, page: str | None, tab: str | None = None) -> None:
         """Stops what the tab runs, or all that the page runs."""
         with self._lock:
             jobs = [job for (of, name), job in self._jobs.items() if of == page and tab in (None, name)]
@@ -117,18 +118,18 @@ class Jobs:
 
 def read_picture(path: str | None, name: str = "a picture", decode: Callable = open_image) -> np.ndarray:
     """The file as uint8 (H, W, 3), opened by `decode`. Raises EditError, also when there is none."""
-    check_chosen(path, name)
-    return decode(read_upload(path, LIMITS.file_bytes))
+    return decode(read_upload(check_chosen(path, name), LIMITS.file_bytes))
 
 
-def check_chosen(path: str | None, name: str) -> None:
-    """Raises EditError when no file was chosen, or one that is too large to be a picture."""
+def check_chosen(path: str | None, name: str) -> str:
+    """The path. Raises EditError when no file was chosen, or one that is too large to be a picture."""
     if path is None:
         raise EditError(f"Choose {name} first: drop a file, paste one, or press the upload field.")
     check_upload(path)
     size = os.lstat(path).st_size
     if size > LIMITS.file_bytes:
         raise EditError(f"The file has {size:,} bytes. Allowed for a picture: {LIMITS.file_bytes:,}.")
+    return path
 
 
 def wait_for_engine(holder: EngineHolder, job: Job, progress: Callable) -> RealtimeEngine:
@@ -141,11 +142,11 @@ def wait_for_engine(holder: EngineHolder, job: Job, progress: Callable) -> Realt
         status = holder.wait(1.0)
     if status["state"] != "ready":
         raise EditError(why_not(status))
-    return holder.engine
+    return holder.loaded
 
 
 def run_edit(
-    engine: RealtimeEngine, images: Fitted, params: EditParams, job: Job, on_step: Callable[[int, int], None]
+    engine: RealtimeEngine | ZeroEngine, images: Fitted, params: EditParams, job: Job, on_step: Callable[[int, int], None]
 ) -> EditResult:
     """One edit; `on_step(done, of)` is called on this thread, while the engine calls on its own. Raises EditError, Stopped."""
     if isinstance(engine, ZeroEngine):  # neither steps nor a stop can cross to the process that has the GPU
@@ -194,12 +195,12 @@ def writing(path: Path):
 
 def save_png(result: EditResult, model: str) -> str:
     """A PNG with a telling name and its settings inside, as `settings_inside` reads them back. Raises EditError."""
-    params, (height, width) = result.params, result.image.shape[:2]
+    params, (height, width) = result.params, result.picture.shape[:2]
     size = {"width": params.width or width, "height": params.height or height}  # a side may have followed from the picture
     made = asdict(params) | size | {"model": model}
     text = {name: str(value) for name, value in made.items()}
     with writing(new_folder() / f"{telling_name(result.params)}.png") as path:
-        path.write_bytes(encode_png(result.image, text))
+        path.write_bytes(encode_png(result.picture, text))
     return str(path)
 
 
@@ -222,7 +223,7 @@ def settings_inside(data: bytes, read_text: Callable[[bytes], dict[str, str]] = 
         return None
 
 
-def _read(text: str, default) -> object:
+def _read(text: str, default: Any) -> Any:
     """The value that `str` made this text of; `default` shows its type."""
     if isinstance(default, bool):
         return text.lower() == "true"
@@ -235,7 +236,7 @@ def describe(result: EditResult) -> str:
     """Markdown: the time of each stage, size, steps, seed, and what the engine has to say of this edit."""
     stages = result.stages_ms
     parts = " · ".join(f"{name.replace('_', ' ')} {ms:.0f}" for name, ms in stages.items() if name != "total")
-    height, width = result.image.shape[:2]
+    height, width = result.picture.shape[:2]
     steps = f"{result.params.steps} step{'s' if result.params.steps > 1 else ''}"
     said = f"{stages.get('total', 0):.0f} ms: {parts}<br>{width}×{height} · {steps} · seed {result.params.seed}"
     return "<br>".join([said, *(html.escape(note) for note in result.notes)])

@@ -9,6 +9,8 @@ frame: the live view, videos, POST /edit and the steps' progress are left out, a
 
 import os
 
+from engine.contract import Pipeline
+from engine.fitting import Fitted
 from pipeline.images import EditError
 from qwen_realtime import EditParams, EditResult, EngineConfig, EngineStats, RealtimeEngine
 
@@ -26,29 +28,32 @@ def zero_gpu() -> bool:
 class ZeroEngine:
     """What the page needs of an engine, each edit in a call of its own."""
 
-    def __init__(self, pipeline, config: EngineConfig):
-        import spaces
+    def __init__(self, pipeline: Pipeline, config: EngineConfig):
+        import spaces  # pyright: ignore[reportMissingImports] - installed on those Spaces only
 
         self.pipeline, self.config = pipeline, config
         self.default_size: int = config.default_size or pipeline.default_size
         self.description = {**pipeline.description, "default_size": self.default_size, "fast_path": [], "gpu": "ZeroGPU"}
         self._on_the_gpu = spaces.GPU(duration=CALL_S)(self._edit)
 
-    def edit(self, images: list, params: EditParams) -> EditResult:
+    def edit(self, images: list | Fitted, params: EditParams) -> EditResult:
         """One edit, blocking. Raises EditError."""
         result = self._on_the_gpu(images, params)
         if result.error is not None:
             raise EditError(str(result.error))
         return result
 
-    def _edit(self, images: list, params: EditParams) -> EditResult:
+    def _edit(self, images: list | Fitted, params: EditParams) -> EditResult:
         """Runs in the process that has the GPU. An error comes back as a result: it must cross to the other process."""
         config = EngineConfig(max_sessions=1, default_size=self.default_size, fast_path=False)
         with RealtimeEngine(self.pipeline, config) as engine:
             try:
                 return engine.edit(images, params)
             except EditError as error:
-                return EditResult(1, None, EditError(str(error)), params, {}, 0.0, 0, 0.0)
+                return EditResult(
+                    number=1, image=None, error=EditError(str(error)), params=params, stages_ms={}, age_ms=0.0, dropped=0,
+                    fps=0.0,
+                )  # fmt: skip
 
     def open_session(self):
         raise EditError(ONE_AT_A_TIME)

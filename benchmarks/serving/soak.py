@@ -33,7 +33,7 @@ import time
 import traceback
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -135,7 +135,7 @@ class ThroughPipeline(CachedQwenImageEditPipeline):
     def token_cache(self):
         raise EditError("There are no keys and values to reuse here.")
 
-    def expect(self, times: list[float]) -> None:
+    def expect(self, times: Sequence[float]) -> None:
         """Nothing is kept for a noise level here."""
 
     def _run_text_encoder(self, prompt: str, pictures: list, reader: tuple) -> torch.Tensor:

@@ -12,7 +12,7 @@ from benchmarks.serving.soak import ThroughPipeline
 from engine import contract
 
 PROTOCOLS = (contract.Pipeline, contract.StreamBatchPipeline, contract.FadingPipeline)
-NAMES_OF_A_PIPELINE = {"pipe", "_pipe", "pipeline", "_pipeline"}
+NAMES_OF_A_PIPELINE = {"pipe", "_pipe", "pipeline", "_pipeline", "_batching", "_fading"}
 
 
 def members(*protocols) -> tuple[set[str], dict[str, inspect.Signature]]:
@@ -22,6 +22,7 @@ def members(*protocols) -> tuple[set[str], dict[str, inspect.Signature]]:
         for part in protocol.__mro__:
             if part.__module__ == contract.__name__:
                 attributes |= set(part.__annotations__)
+                attributes |= {n for n, m in vars(part).items() if isinstance(m, property)}
                 methods |= {
                     n: inspect.signature(m) for n, m in vars(part).items() if inspect.isfunction(m) and n[0] != "_"
                 }
