@@ -95,6 +95,15 @@ class RealtimeEngine:
         """A new stream. Raises EditError when `max_sessions` are open or the engine is closed."""
         return self._sessions.open()
 
+    def open_single(self) -> Session:
+        """A session for one edit. It has a name of its own for engines that edit single pictures and have no streams."""
+        return self.open_session()
+
+    def warm_up(self) -> None:
+        """Edits one grey picture: pays once what the first person would wait for. Raises EditError."""
+        grey = np.full((self.default_size, self.default_size, 3), 128, np.uint8)
+        self.edit([grey], EditParams(prompt="keep it unchanged"))
+
     def edit(
         self,
         images: list[np.ndarray] | Fitted,

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .phrasings import WORDINGS, expand, words_of
+from .phrasings import WORDINGS, expand, preset_prompts, words_of
 
 Colour = tuple[float, float, float]
 
@@ -469,8 +469,3 @@ def split(edit: Edit) -> tuple[tuple[str, ...], tuple[str, ...]]:
     held = set(sentences[: max(1, round(len(sentences) / 10))])
     training = tuple(p for p in edit.phrasings if words_of(p) not in held)
     return training, tuple(p for p in edit.phrasings if words_of(p) in held)
-
-
-def preset_prompts() -> list[tuple[str, str]]:
-    """(label, prompt) for the page: one a family, the two-picture families last."""
-    return [(wording.label, wording.preset) for wording in WORDINGS.values()]

@@ -43,6 +43,11 @@ class Wording:
     commands: str
     looks: str
 
+    @property
+    def pictures(self) -> int:
+        """1 or 2: how many pictures its commands speak of."""
+        return 2 if "{p}" in self.commands else 1
+
 
 WORDINGS: dict[str, Wording] = {
     "black and white": Wording(
@@ -329,6 +334,11 @@ WORDINGS: dict[str, Wording] = {
         "photo 2 in the bottom right corner",
     ),
 }
+
+
+def preset_prompts() -> list[tuple[str, str]]:
+    """(label, prompt) for the page: one a family, the two-picture families last."""
+    return [(wording.label, wording.preset) for wording in WORDINGS.values()]
 
 
 def _polite(command: str, index: int) -> str:

@@ -16,10 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import numpy as np
-
 from pipeline.images import EditError
-from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
+from qwen_realtime import EngineConfig, RealtimeEngine
 from serving.access import LOOPBACK_NAMES, Guard
 from serving.holder import EngineHolder
 from serving.proxy import ROOT_PATH, TRUSTED
@@ -294,10 +292,8 @@ def _load_choice(holder: EngineHolder, options: argparse.Namespace, choice: Mode
         progress=lambda text, fraction: holder.progress(text, 0.1 + 0.8 * fraction),
     )
     engine = start(pipeline, EngineConfig(max_sessions=options.max_sessions))
-    if isinstance(engine, RealtimeEngine):
-        holder.progress("Editing a first picture", 0.95, warming=True)
-        grey = np.full((engine.default_size, engine.default_size, 3), 128, np.uint8)
-        engine.edit([grey], EditParams(prompt="keep it unchanged"))  # pays once what the first person would wait for
+    holder.progress("Editing a first picture", 0.95, warming=True)
+    engine.warm_up()
     holder.ready(engine)
     log.info("ready after %.1f s: %s", time.monotonic() - started, engine.description)
 

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from pipeline.images import EditError, encode_png
-from pocket_model.edits import EDITS, preset_prompts
+from pocket_model.phrasings import WORDINGS
 from qwen_realtime import EditParams
 from serving.decoding import LIMITS
 from webui.controls import Settings, control_values
@@ -39,8 +39,8 @@ def toast(error: EditError | str) -> None:
 
 def preset_chips(pictures: int) -> list[dict]:
     """The presets for that many pictures as {"label", "prompt"}. The real model understands them as well."""
-    known = {phrasing for edit in EDITS if edit.pictures == pictures for phrasing in edit.phrasings}
-    return [{"label": label, "prompt": prompt} for label, prompt in preset_prompts() if prompt in known]
+    fitting = [wording for wording in WORDINGS.values() if wording.pictures == pictures]
+    return [{"label": wording.label, "prompt": wording.preset} for wording in fitting]
 
 
 def create_chips(presets: list[dict], prompt: gr.Textbox) -> None:

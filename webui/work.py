@@ -29,7 +29,6 @@ from serving.decoding import LIMITS, Decoder, Left, Sender
 from serving.holder import EngineHolder, why_not
 from webui.full_disk import DISK_FULL, disk_full
 from webui.uploads import check_upload, read_upload, upload_folder
-from webui.zero import ZeroEngine
 
 
 class Stopped(Exception):
@@ -67,9 +66,9 @@ class Job:
             raise Stopped from None
 
     @contextlib.contextmanager
-    def session(self, engine: RealtimeEngine) -> Iterator[Session]:
-        """A session of the engine that `stop` closes. Raises EditError when none is free, and Stopped."""
-        with engine.open_session() as session:
+    def session(self, engine: RealtimeEngine, *, single: bool = False) -> Iterator[Session]:
+        """A session of the engine that `stop` closes; `single`: for one edit. Raises EditError when none is free, and Stopped."""
+        with engine.open_single() if single else engine.open_session() as session:
             with self._lock:
                 if self.stopped:
                     raise Stopped
@@ -146,13 +145,11 @@ def wait_for_engine(holder: EngineHolder, job: Job, progress: Callable) -> Realt
 
 
 def run_edit(
-    engine: RealtimeEngine | ZeroEngine, images: Fitted, params: EditParams, job: Job, on_step: Callable[[int, int], None]
+    engine: RealtimeEngine, images: Fitted, params: EditParams, job: Job, on_step: Callable[[int, int], None]
 ) -> EditResult:
     """One edit; `on_step(done, of)` is called on this thread, while the engine calls on its own. Raises EditError, Stopped."""
-    if isinstance(engine, ZeroEngine):  # neither steps nor a stop can cross to the process that has the GPU
-        return engine.edit(images, params)
     steps: queue.SimpleQueue = queue.SimpleQueue()
-    with job.session(engine) as session:
+    with job.session(engine, single=True) as session:
         number = session.submit(images, params, on_step=lambda step, of: steps.put((step, of)))
         while True:
             try:

@@ -8,6 +8,8 @@ frame: the live view, videos, POST /edit and the steps' progress are left out, a
 """
 
 import os
+from collections.abc import Callable
+from typing import NoReturn
 
 from engine.contract import Pipeline
 from engine.fitting import Fitted
@@ -36,12 +38,8 @@ class ZeroEngine:
         self.description = {**pipeline.description, "default_size": self.default_size, "fast_path": [], "gpu": "ZeroGPU"}
         self._on_the_gpu = spaces.GPU(duration=CALL_S)(self._edit)
 
-    def edit(self, images: list | Fitted, params: EditParams) -> EditResult:
-        """One edit, blocking. Raises EditError."""
-        result = self._on_the_gpu(images, params)
-        if result.error is not None:
-            raise EditError(str(result.error))
-        return result
+    def warm_up(self) -> None:
+        """No one's share of seconds is spent on a first picture."""
 
     def _edit(self, images: list | Fitted, params: EditParams) -> EditResult:
         """Runs in the process that has the GPU. An error comes back as a result: it must cross to the other process."""
@@ -55,11 +53,43 @@ class ZeroEngine:
                     fps=0.0,
                 )  # fmt: skip
 
-    def open_session(self):
+    def open_session(self) -> NoReturn:
         raise EditError(ONE_AT_A_TIME)
+
+    def open_single(self) -> "SingleEdit":
+        return SingleEdit(self._on_the_gpu)
 
     def stats(self) -> EngineStats:
         return RealtimeEngine(self.pipeline, self.config).stats()
 
     def close(self) -> None:
         """Nothing is left running between calls."""
+
+
+class SingleEdit:
+    """What the page needs of an engine's session, for one edit. Neither its steps nor a stop can cross to the process that
+    has the GPU: `on_step` is not called, and an edit that runs is run to its end.
+    """
+
+    def __init__(self, call: Callable[[list | Fitted, EditParams], EditResult]):
+        self._call = call
+
+    def __enter__(self) -> "SingleEdit":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing can be stopped."""
+
+    def submit(self, images: list | Fitted, params: EditParams, on_step: Callable[[int, int], None] | None = None) -> int:
+        self._edit = images, params
+        return 1
+
+    def result(self, number: int, timeout: float | None = None) -> EditResult:
+        """Makes the call and waits for it, however long it takes. Raises EditError."""
+        result = self._call(*self._edit)
+        if result.error is not None:
+            raise EditError(str(result.error))
+        return result

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pocket_model.edits import EDITS, preset_prompts, split
+from pocket_model.edits import EDITS, split
+from pocket_model.phrasings import WORDINGS, preset_prompts
 
 SHAPES = [(128, 128), (160, 240), (256, 256)]  # (height, width); the middle one is neither square nor a power of two
 BY_NAME = {edit.name: edit for edit in EDITS}
@@ -171,3 +172,5 @@ def test_presets_have_labels_and_sentences():
     presets = preset_prompts()
     assert len({label for label, _ in presets}) == len(presets) >= 20
     assert all(label.strip() and prompt.strip() for label, prompt in presets)
+    for edit in EDITS:
+        assert WORDINGS[edit.family].pictures == edit.pictures, edit.name

@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from benchmarks.live_view import CHROMIUM, CHROMIUM_FLAGS
 from pipeline.images import open_image
-from pocket_model.edits import preset_prompts
+from pocket_model.phrasings import preset_prompts
 from support import ROOT
 
 PRESETS = dict(preset_prompts())  # label -> prompt
