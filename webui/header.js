@@ -34,7 +34,7 @@ async function ask() {
     const health = await answer.json();
     if (!answer.ok) throw new Error(health.error);
     show(health);
-    again = health.state === "loading" ? 700 : 15000;
+    again = { loading: 700, stopping: 3000 }[health.state] ?? 15000;
   } catch (error) {
     top_.dataset.state = "away";
     $(".what").textContent = "The program does not answer";

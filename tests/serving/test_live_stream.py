@@ -13,15 +13,17 @@ import support.http as http_side
 from PIL import Image
 from playwright.sync_api import expect
 from support import ROOT
-from support.page import CUT, UNNAMED, await_frames, launch_browser, live, pixels
+from support.page import CUT, UNNAMED, Pages, await_frames, launch_browser, live, pixels
 
 from benchmarks.live_view import (
     BITS,
     FILM_FRAMES,
     WATCH,
     Line,
+    PassThrough,
     SlowLink,
     flat,
+    free_port,
     judge,
     numbered,
     read_number,
@@ -310,6 +312,47 @@ def test_when_the_connection_breaks_the_view_says_so_connects_again_and_never_go
         assert live(page, "state") == "running" and judge(page.evaluate("window.seen"))["backwards"] == 0
         expect(page.locator(".message")).to_be_hidden()
         page.context.close()
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """program(port) -> what ends the page that it serves there, as a signal does."""
+    from webui_realtime import launch, parse_args, stop
+
+    running = []
+
+    def program(port: int):
+        holder = EngineHolder(RealtimeEngine(PassThrough(SIDE), EngineConfig()).start(), {"model": "pass-through", "reason": ""})
+        demo = launch(holder, parse_args(["--port", str(port)]))
+        running.append(lambda: stop(demo, holder))
+        return lambda: running.pop()()
+
+    for name in ("GRADIO_SSR_MODE", "GRADIO_ANALYTICS_ENABLED", "FORWARDED_ALLOW_IPS"):
+        monkeypatch.setenv(name, "")  # `launch` sets them: set back afterwards
+    yield program
+    for end in running:
+        end()
+
+
+@pytest.mark.parametrize("script", [pytest.param("", id="socket"), pytest.param(NO_SOCKET, id="posts", marks=pytest.mark.endurance)])
+def test_when_the_program_ends_the_view_says_so_and_connects_again_when_it_runs_again(browser, program, script):
+    port = free_port()
+    end = program(port)
+    with Pages(browser) as pages:
+        page = pages.open(f"http://127.0.0.1:{port}/", SAID + script)
+        page.locator(".live .prompt").fill("keep it")
+        page.get_by_role("button", name="Start", exact=True).click()
+        await_frames(page, 3)
+        end()
+        page.wait_for_function("window.said.some(text => text.includes('The program is ending'))")
+        assert live(page, "state") == "reconnecting"
+        expect(page.locator(".message")).to_contain_text("connects again by itself when the program runs again")
+        program(port)
+        await_frames(page, 5)
+        assert live(page, "state") == "running"
+        expect(page.locator(".message")).to_be_hidden()
+    unexpected = [text for text in pages.errors if "ERR_CONNECTION_RE" not in text and "status of 503" not in text]
+    assert not unexpected, unexpected  # those two are the browser's own, of requests to a program that has ended
 
 
 def test_without_a_socket_single_frames_are_posted_and_the_view_says_so_until_there_is_one(view):

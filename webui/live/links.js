@@ -8,6 +8,7 @@ const SOCKET_TRIES = 3; // that have failed while the server answers, before sin
 const SOCKET_AGAIN_MS = 30000; // while posting: is there a socket now?
 const POSTS_AT_A_TIME = 2;
 const AGAIN_MS = [500, 8000]; // between two tries: the first, and the longest; drawn at random, lest all pages come at once
+const ENDING = "The program is ending. This view connects again by itself when the program runs again.";
 
 const here = (path) => new URL(path, document.baseURI);
 
@@ -99,7 +100,7 @@ function readPicture(buffer) {
   return [view.getUint32(0, true), meta, new Blob([new Uint8Array(buffer, 8 + length)], { type: "image/jpeg" })];
 }
 
-async function lose(own, why) {
+async function lose(own, why = "") {
   if (!own.alive) return;
   own.socket?.close();
   own.socket = null;
@@ -107,12 +108,13 @@ async function lose(own, why) {
   useLink(own, null);
   own.attempts += 1; // a picture begins the count again: a socket that opens only to close is no success
   setState("reconnecting");
-  say(`${why} Connecting again…`, true);
+  say(own.ending ? ENDING : `${why} Connecting again…`, true);
   const health = await fetch(here("health")).catch(() => null);
   const known = await health?.json().catch(() => null);
   if (!own.alive || own.link || own.socket) return;
   const refused = refusedFor(health?.status, known?.error);
   if (refused) return stop(refused, true);
+  if (known?.state === "stopping") tellEnding(own);
   if (known?.state === "ready" && own.attempts >= SOCKET_TRIES) return usePosts(own, known);
   setTimeout(() => { if (own.alive && !own.socket && !own.link) connect(own); }, pauseMs(own.attempts));
 }
@@ -130,6 +132,7 @@ function onText(own, link, data) {
 }
 
 function onError(own, number, text) {
+  if (own.ending) return; // every frame fails then, and why has been said
   own.asked.delete(number);
   own.answered = Math.max(own.answered, number ?? 0);
   own.lastResultAt = performance.now();
@@ -137,7 +140,17 @@ function onError(own, number, text) {
   say(text, true);
 }
 
+/* The server has said that it ends. The sentence stays until one that runs tells its state. */
+function tellEnding(own) {
+  own.ending = true;
+  own.ready = false;
+  setState("reconnecting");
+  say(ENDING, true);
+}
+
 function onStatus(own, status) {
+  if (status.state === "stopping") return tellEnding(own);
+  own.ending = false;
   if (status.state === "ready") {
     own.defaultSize = status.default_size;
     own.description = status.description;
@@ -212,6 +225,11 @@ async function post(own, number, jpeg, signal) {
   if (signal.aborted) return 0;
   const refused = refusedFor(answer.status, data.error);
   if (refused) return stop(refused, true);
+  if (answer.status === 503 && data.kind === "stopping") {
+    tellEnding(own);
+    lose(own);
+    return 0;
+  }
   if (answer.status === 503) {
     setState("busy");
     say(`${data.error} Waiting…`);

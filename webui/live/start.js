@@ -4,7 +4,7 @@ async function start() {
   if (run) return;
   const now = performance.now();
   const own = run = {
-    alive: true, source: null, socket: null, link: null, ready: false, attempts: 0, description: null, defaultSize: 256,
+    alive: true, source: null, socket: null, link: null, ready: false, ending: false, attempts: 0, description: null, defaultSize: 256,
     number: 0, newest: 0, answered: 0, asked: new Map(), // the last sent, shown, answered; what was asked with each
     encoding: false, resent: 0, held: null, intervalMs: 33, beat: newBeat(), tick: null, // ms between the source's frames
     size: null, params: null, level: 0, weight: newWeight(),
