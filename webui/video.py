@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import gradio as gr
 import numpy as np
@@ -14,6 +15,7 @@ from qwen_realtime import LIMITS, EditParams, Session
 from serving.holder import EngineHolder
 from webui.controls import Settings, edit_params
 from webui.parts import SHOW_RESULT, create_ask, create_chips, take_file, toast
+from webui.uploads import open_upload
 from webui.video_edit import MAX_BYTES, MAX_SECONDS, Outcome, Progress, Stop, VideoInfo, counted, edit_video, probe
 from webui.work import Job, Jobs, Stopped, new_folder, telling_name, wait_for_engine, writing
 
@@ -94,10 +96,13 @@ class VideoTab:
 
     def _edited(self, job: Job, values: dict, progress):
         """What the tab shows while the video is edited, and at its end."""
-        path = values[self.source]
-        if path is None:
+        if values[self.source] is None:
             raise EditError("Choose a video first: drop a file, or press the upload field.")
-        info = probe(path)
+        with open_upload(values[self.source]) as video:
+            yield from self._edited_file(job, video, values, progress)
+
+    def _edited_file(self, job: Job, video: BinaryIO, values: dict, progress):
+        info = probe(video)
         engine = wait_for_engine(self._holder, job, progress)
         own = steadiness(values[self.blend_still], values[self.start], values[self.reuse])
         settings = self._settings.values_in(values)
@@ -106,7 +111,7 @@ class VideoTab:
         try:
             with job.session(engine) as session:
                 edit = editor(session, params, job)
-                frames = edit_video(path, folder, edit, telling_name(params), stopped=lambda: job.stopped)
+                frames = edit_video(video, folder, edit, telling_name(params), stopped=lambda: job.stopped)
                 yield from self._shown(frames, folder / "frame.jpg", info, params, progress)
         finally:
             (folder / "frame.jpg").unlink(missing_ok=True)

@@ -16,11 +16,12 @@ import contextlib
 import fractions
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -109,15 +110,16 @@ def _writing():
 
 
 @contextlib.contextmanager
-def _open(path: str | Path) -> Iterator[InputContainer]:
-    """The container. Raises EditError on what is no video."""
-    size = Path(path).stat().st_size
-    if not 0 < size <= MAX_BYTES:
-        raise EditError(f"The video has {size:,} bytes. Allowed: 1 to {MAX_BYTES:,}.")
-    # The file is opened here and only read through this handle: FFmpeg itself gets no name to open anything by.
+def _open(source: str | Path | BinaryIO) -> Iterator[InputContainer]:
+    """The container of an open file, which stays open, or of the file at a path. Raises EditError on what is no video."""
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "", "max_pixels": _most_pixels()}
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(path, "rb"))
+        # It is only read through this handle: FFmpeg itself gets no name to open anything by.
+        file = stack.enter_context(open(source, "rb")) if isinstance(source, (str, Path)) else source
+        size = file.seek(0, os.SEEK_END)
+        if not 0 < size <= MAX_BYTES:
+            raise EditError(f"The video has {size:,} bytes. Allowed: 1 to {MAX_BYTES:,}.")
+        file.seek(0)
         try:
             with _reading():
                 container = stack.enter_context(av.open(file, mode="r", options=options, metadata_errors="replace"))
@@ -193,9 +195,9 @@ def _rate(stream: av.VideoStream) -> fractions.Fraction | None:
     return rate if rate and RATES[0] <= rate <= RATES[1] else None
 
 
-def probe(path: str | Path) -> VideoInfo:
+def probe(video: str | Path | BinaryIO) -> VideoInfo:
     """What the file is; its first frame is decoded, for only a frame says how it is turned. Raises EditError."""
-    with _open(path) as container:
+    with _open(video) as container:
         try:
             with _reading():
                 stream = _video_stream(container)
@@ -245,13 +247,13 @@ def _read(
 
 
 def edit_video(
-    path: str | Path,
+    video: str | Path | BinaryIO,
     folder: Path,
     edit: Callable[[np.ndarray], np.ndarray],
     name: str = "edited",
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Progress | Outcome]:
-    """Edits the video at `path` into a file in `folder`; yields a Progress for each frame, and an Outcome at the end.
+    """Edits the video, a path or an open file, into a file in `folder`; yields a Progress for each frame, and an Outcome at the end.
 
     `edit(picture) -> picture`, uint8 (H, W, 3), gives pictures of one size. H.264 wants even sides: where one is odd the
     last row or column is repeated in the file, and the notes say so. When it raises Stop, or `stopped()`, or the file
@@ -259,7 +261,7 @@ def edit_video(
     EditError of its own after some frames likewise. Raises EditError where there is nothing to keep, or nowhere to write
     it: then no file is left.
     """
-    with _open(path) as container:
+    with _open(video) as container:
         try:
             with _reading():
                 source = _video_stream(container)

@@ -9,7 +9,6 @@ that stops it is another event than the one that runs it, and a closed page stop
 
 import contextlib
 import html
-import os
 import queue
 import re
 import tempfile
@@ -124,8 +123,7 @@ def check_chosen(path: str | None, name: str) -> str:
     """The path. Raises EditError when no file was chosen, or one that is too large to be a picture."""
     if path is None:
         raise EditError(f"Choose {name} first: drop a file, paste one, or press the upload field.")
-    check_upload(path)
-    size = os.lstat(path).st_size
+    size = check_upload(path).st_size
     if size > LIMITS.file_bytes:
         raise EditError(f"The file has {size:,} bytes. Allowed for a picture: {LIMITS.file_bytes:,}.")
     return path

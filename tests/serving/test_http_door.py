@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 
+import gradio as gr
 import httpx
 import pytest
 from support.http import PATIENCE_S, StubPipeline, b64, wait_until
@@ -17,10 +18,11 @@ from websockets.sync.client import connect
 
 import serving.connections
 import serving.door
-from pipeline.images import encode_png
+from pipeline.images import EditError, encode_png
 from qwen_realtime import EngineConfig, RealtimeEngine
 from serving.guesses import FREE_TRIES, Guesses
 from serving.holder import EngineHolder
+from webui import uploads
 from webui.uploads import own_folder
 from webui_realtime import launch, parse_args
 
@@ -171,6 +173,84 @@ def test_every_event_of_the_page_refuses_a_foreign_file_wherever_it_stands(serve
             body = {"data": data, "fn_index": index, "session_hash": "s"}
             answer = served.post("/gradio_api/run/predict", body)
             assert answer.status_code >= 400 and "uploaded" in answer.text, (fn.api_name, answer.text)
+
+
+def hard_link(served, private):
+    link = served.folder / "hard.png"
+    link.hardlink_to(private)
+    return link
+
+
+def pipe(served, private):
+    path = served.folder / "waits.mp4"
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        hard_link,
+        pipe,
+        lambda served, private: f"/proc/self/fd/{os.open(served.uploaded, os.O_RDONLY)}",
+        lambda served, private: f"/proc/self/fd/{os.open(private, os.O_RDONLY)}",
+        lambda served, private: f"/proc/self/root{served.uploaded}",
+        lambda served, private: f"{served.folder}/x/../../{private.parent.name}/{private.name}",
+        lambda served, private: f"{os.path.dirname(served.uploaded)}/../{served.uploaded.rsplit('/', 2)[1]}/in.png",
+        lambda served, private: f"{served.folder}/" + "n" * 5000,
+        lambda served, private: f"{served.folder}/" + "n/" * 50_000,
+        lambda served, private: os.path.dirname(served.uploaded),
+        lambda served, private: served.uploaded.replace("in.png", "%69n.png"),
+        lambda served, private: f"{served.folder}/%2e%2e/{private.parent.name}/{private.name}",
+    ],
+    ids=["hard link", "pipe", "open file", "foreign open file", "root", "out", "out and in", "long", "deep", "folder", "encoded",
+         "encoded out"],
+)  # fmt: skip
+def test_each_event_that_takes_a_file_refuses_every_other_name_of_one_in_a_sentence(served, tmp_path, name):
+    private = tmp_path / "private.png"
+    private.write_bytes(encode_png(grey(77)))
+    path = str(name(served, private))
+    try:
+        asked = 0
+        for index, fn in served.demo.fns.items():
+            for place, block in enumerate(fn.inputs if fn.fn else ()):
+                if not isinstance(block, (gr.Image, gr.Video, gr.File)):
+                    continue
+                data = [None] * len(fn.inputs)
+                data[place] = [{"path": path}] if isinstance(block, gr.File) else {"path": path}
+                body = {"data": data, "fn_index": index, "session_hash": "s"}
+                answer = served.post("/gradio_api/run/predict", body)
+                assert answer.status_code >= 400 and "not a file that was uploaded" in answer.text, (fn.api_name, answer.text)
+                asked += 1
+        assert asked >= 8
+    finally:
+        if path.startswith("/proc/self/fd/"):
+            os.close(int(path.rpartition("/")[2]))
+        elif name in (hard_link, pipe):
+            os.unlink(path)
+
+
+def test_a_file_that_is_put_in_the_place_of_the_one_that_was_checked_is_not_opened(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "own"))
+    upload, private = tmp_path / "own" / "in.mp4", tmp_path / "private"
+    upload.parent.mkdir()
+    for swap in (lambda: private.replace(upload), lambda: upload.symlink_to(private), lambda: os.mkfifo(upload)):
+        upload.unlink(missing_ok=True)
+        upload.write_bytes(b"mine")
+        private.write_bytes(b"private")
+        with uploads.open_upload(str(upload)) as file:
+            assert file.read() == b"mine"
+
+        def check_then_swap(path, check=uploads.check_upload, swap=swap):
+            checked = check(path)
+            upload.unlink()
+            swap()
+            return checked
+
+        with monkeypatch.context() as racing:
+            racing.setattr(uploads, "check_upload", check_then_swap)
+            with pytest.raises(EditError, match="not a file that was uploaded"), uploads.open_upload(str(upload)):
+                pass
 
 
 def test_what_the_page_writes_no_other_user_of_the_machine_can_read(served):
