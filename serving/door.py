@@ -158,8 +158,11 @@ class Door:
         wrong = self._guard.try_login(address)  # counted as wrong until it turns out right: many may come at once
 
         async def watch(message) -> None:
-            if message["type"] == "http.response.start" and message["status"] < 400:
-                wrong.take_back()
+            if message["type"] == "http.response.start":
+                if message["status"] < 400:
+                    wrong.take_back()
+                if scope["scheme"] == "https":
+                    message = message | {"headers": [_secured(*header) for header in message["headers"]]}
             await send(message)
 
         await self._app(scope, receive, watch)
@@ -328,6 +331,12 @@ class _Place:
         self._counter[self._address] -= 1
         if not self._counter[self._address]:
             del self._counter[self._address]
+
+
+def _secured(name: bytes, value: bytes) -> tuple[bytes, bytes]:
+    """A header; a cookie is for TLS alone. Gradio gives the login in two cookies, one of them for pages without TLS."""
+    bare = name.lower() == b"set-cookie" and b"; secure" not in value.lower()
+    return name, value + b"; Secure" if bare else value
 
 
 def folder_bytes(folder: Path) -> int:

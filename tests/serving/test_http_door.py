@@ -412,6 +412,18 @@ def test_a_locked_page_opens_nothing_but_its_login_and_takes_no_orders_from_othe
     assert locked.get("/config", **cookie).status_code == 200
 
 
+@pytest.mark.parametrize("proto", ["http", "https"])
+def test_no_script_or_foreign_form_gets_the_logins_cookies_and_what_came_over_tls_stays_there(locked, proto):
+    cookies = log_in(locked, "s3cret-word", **{"x-forwarded-proto": proto}).headers.get_list("set-cookie")
+    assert len(cookies) == 2, cookies
+    for cookie in cookies:
+        said = {part.strip().lower() for part in cookie.split(";")[1:]}
+        assert "httponly" in said and said & {"samesite=lax", "samesite=none"}, cookie
+        # A browser sends the one that says None with requests of other sites too, over TLS: `Door` refuses those.
+        assert "secure" in said if proto == "https" or "samesite=none" in said else "samesite=lax" in said, cookie
+        assert len([part for part in cookie.lower().split(";") if part.strip() == "secure"]) <= 1
+
+
 def test_guesses_of_every_kind_are_slowed_and_a_logged_in_page_is_not(locked):
     answer = log_in(locked, "s3cret-word")
     cookie = {"cookie": "; ".join(f"{k}={v}" for k, v in answer.cookies.items())}
