@@ -1,4 +1,4 @@
-"""The page's parts; `webui_realtime.py` puts them together and serves them. Imports run one way, down this list:
+"""The page's parts; `webui_realtime.py` assembles and serves them. Imports run one way, down this list:
 
 `api` what programs may call through Gradio's own client, and MCP
 `live`, `upload`, `composite`, `video` the tabs, one module each; of the live view most is markup and script

@@ -1,4 +1,4 @@
-/* The preview of two pictures together, as `collage.py` and `images.blend` make it: drawn here, so that it moves with the
+/* The preview of picture 2 on picture 1, as `collage.py` and `images.blend` make it: drawn here, so that it moves with the
 hand. Gradio runs this with `element`, `props` and `trigger`; what the controls say is in window.collage. */
 
 const SIDE = 640; // of the preview at most: it is shown no larger

@@ -1,4 +1,4 @@
-"""Picture 2 laid on picture 1: one flat picture, which is then edited like any other.
+"""Picture 2 placed on picture 1: one flat picture, which is then edited like any other.
 
 The page draws the same thing while its controls move (`collage.js`); what is edited is computed here.
 """
@@ -16,7 +16,7 @@ def collage(
     first: np.ndarray, second: np.ndarray, *, across: float, down: float, scale: float, opacity: float
 ) -> np.ndarray:
     """`second` on `first`, both uint8 (H, W, 3): its middle at (`across`, `down`) of first's width and height, `scale`
-    times as wide as first, its own shape kept, what lies outside cut off. Opacity 0 is first alone. Returns uint8 of
+    times as wide as first, its aspect ratio unchanged, what is outside of first cut off. Opacity 0 is first alone. Returns uint8 of
     first's shape, shrunk to at most 2048 pixels a side. Raises EditError on a number outside of LIMITS.
     """
     for name, value in {"across": across, "down": down, "scale": scale, "opacity": opacity}.items():

@@ -116,7 +116,7 @@ def edit_params(prompt: str | None, picture: tuple[int, int], side: int, setting
 def control_values(params: EditParams) -> list:
     """What the shared controls must say for `edit_params` to give these params: the way back, in the same order.
 
-    The size is the nearest that the page offers; the seed is kept, or the next edit would draw another.
+    The size is the nearest that the page offers; the seed stays the same, or the next edit would draw another.
     """
     width, height = params.width or 0, params.height or 0
     area = (width * height) ** 0.5

@@ -69,8 +69,8 @@ def create_picture(label: str, height: int, *, camera: bool) -> gr.Image:
 
 
 def take_file(component: gr.Image | gr.Video) -> None:
-    """The handlers get the uploaded file as it is. (A subclass would say the same, but Gradio writes a .pyi file beside
-    every module that has one.) Never answer such a component with gr.update or gr.skip: Gradio would build it anew.
+    """The handlers get the uploaded file as it is. (A subclass would say the same, but Gradio writes a .pyi file next to
+    every module that has one.) Never answer such a component with gr.update or gr.skip: Gradio would build it again.
     """
     handlers: Any = component
     handlers.preprocess = lambda payload: None if payload is None else payload.path
@@ -171,7 +171,7 @@ def on_upload(picture: gr.Image, jobs: Jobs, offer: Offer | None = None) -> None
         image = read_picture(path, decode=job.open)
         if Path(path).suffix.lower() in SHOWN_BY_BROWSERS:
             return path
-        with writing(new_folder() / f"{Path(path).stem}.png") as png:  # beside the upload another file may have that name
+        with writing(new_folder() / f"{Path(path).stem}.png") as png:  # in the upload's folder another file may have that name
             png.write_bytes(encode_png(image))
         return str(png)
 

@@ -1,5 +1,5 @@
 /* Ctrl+V or a drop anywhere on the page puts a picture into the tab that is open: Gradio's own paste is a button, and
-works only over HTTPS. The file is handed over as if it had been dropped on the field. A file that is dropped beside all
+works only over HTTPS. The file is handed over as if it had been dropped on the field. A file that is dropped outside of all
 fields would otherwise make the browser leave the page. */
 
 function handOver(file) {

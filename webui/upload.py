@@ -1,4 +1,4 @@
-"""The tab for photos: one, or several in a row. Every result is kept below while the page is open."""
+"""The tab for photos: one, or several in a row. Every result stays below while the page is open."""
 
 import zipfile
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Which files the page may open: regular files that were uploaded to it or made by it, and no others.
 
-A page's events carry paths, and whoever calls an event writes them. Gradio checks the paths of some components and not of
+A page's events carry paths, which the caller of an event writes. Gradio checks the paths of some components and not of
 others, and copies, converts or fetches some before a component sees them. So `check_files` looks at everything an event
 brings before Gradio does, and `open_upload` opens a file so that what was checked is what is read.
 """

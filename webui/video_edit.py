@@ -5,7 +5,7 @@ it looks at it: the containers of `CONTAINERS`, and no protocol at all, because 
 other files and addresses, and an uploaded one must not make this program open them.
 
 Times are the file's own: each edited picture keeps the time stamp of the frame it was made from, so a variable frame
-rate stays one and sound and picture stay together. Turned video, as telephones write it, is turned upright before
+rate stays variable and sound and picture stay in sync. Turned video, as telephones write it, is turned upright before
 it is edited. The sound's packets are never decoded.
 
 A damaged or hostile file ends in a sentence. FFmpeg is told how many pixels a frame may have before it looks at one; what
@@ -46,7 +46,7 @@ QUALITY = "20"  # x264's constant rate factor: hard to tell from the pictures th
 
 
 class Stop(Exception):
-    """Raised by the function that edits: the video ends here, and what is done is kept."""
+    """Raised by the function that edits: the video ends here, with the frames that are done."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """One edit for the page: pictures read, the model waited for, the edit run and stopped, its result saved and described.
 
 Uploaded files are opened by the `Decoder` and by nothing else: Gradio's own reading of a picture fails on odd files with a
-message nobody can act on, drops alpha, depth and rotation in its own ways, and takes what time and memory a file asks for.
+message that no one can act on, drops alpha, depth and rotation in its own ways, and takes what time and memory a file asks for.
 
 What a page has running is a `Job`, one for each of its tabs, found by the page's session and the tab's name: the button
 that stops it is another event than the one that runs it, and a closed page stops all that it has running.

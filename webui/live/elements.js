@@ -1,7 +1,7 @@
 /* The live view: pictures of a source -> JPEG frames to the server -> edited JPEG frames onto a canvas.
 
 Gradio runs these files as one script, in the order of SCRIPTS in __init__.py, once the markup of live.html is on the
-page, with `element` (its root), `props` and `trigger` at hand. Where to find what:
+page, with `element` (its root), `props` and `trigger` in scope. Where to find what:
 
   elements.js   the parts of the markup, what is said to the person          sources.js  camera, screen, video, picture
   settings.js   the controls as the engine's EditParams, favourites          frames.js   a frame taken, cut, encoded, sent

@@ -1,4 +1,4 @@
-/* What is kept of a session, in this page's memory alone: snapshots with their settings inside, recordings to download;
+/* What remains of a session, in this page's memory alone: snapshots with their settings inside, recordings to download;
 and files that are dropped on the view. */
 
 const MOST_KEPT = 24;
@@ -14,7 +14,7 @@ async function snapshot() {
   speak("Snapshot kept");
 }
 
-let lastOnScreen = null, lastModel = null; // after Stop the picture stays, and may still be kept
+let lastOnScreen = null, lastModel = null; // after Stop the picture stays, and a snapshot of it may still be taken
 
 const nameOf = (text) => text.toLowerCase().replace(/[^a-z0-9]+/g, "-").slice(0, 48).replace(/^-+|-+$/g, "") || "edited";
 

@@ -208,7 +208,7 @@ function usePosts(own, health) {
   onStatus(own, health);
 }
 
-/* One frame there and back. Returns for how many milliseconds nothing should be posted; raises when nobody answers. */
+/* One frame there and back. Returns for how many milliseconds nothing should be posted; raises when there is no answer. */
 async function post(own, number, jpeg, signal) {
   const asked = own.asked.get(number);
   const image = await new Promise((resolve) => {

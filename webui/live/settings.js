@@ -59,7 +59,7 @@ function sendParams() {
     width: run.size.width, height: run.size.height, fit: padded() ? "pad" : "crop",
     ...Object.fromEntries(controls.map((control) => [control.dataset.param, controlValue(control)])),
   };
-  run.resent = 0; // a picture that stands still is wanted anew
+  run.resent = 0; // a still picture is to be edited again
   run.beat = newBeat(); // and the next frame is due: it brings the new settings
   run.link?.params(run.params);
 }

@@ -22,7 +22,7 @@ const SOURCE_ERRORS = {
   },
 };
 
-let chosen = { video: null, picture: null }; // the files, kept from one start to the next
+let chosen = { video: null, picture: null }; // the files, from one start to the next
 
 const drawable = (source) => (source.kind === "picture" ? photo : video);
 const sourceSize = (source) => (source.kind === "picture" ? [photo.width, photo.height] : [video.videoWidth, video.videoHeight]);

@@ -89,6 +89,6 @@ $(".popout").addEventListener("click", togglePopout);
 $(".wipe").addEventListener("input", setWipe);
 layout.addEventListener("change", setLayout);
 flip.addEventListener("change", () => { showFlip(); if (run) run.resent = 0; });
-setLayout(); // a browser may have kept what was chosen before a reload
+setLayout(); // a browser may restore what was chosen before a reload
 setWipe();
 showFlip();

@@ -5,14 +5,14 @@ heavier ones would be fast too, heavier again. A link that is far but wide costs
 
 const LEVELS = [
   { quality: 0.85, scale: 1, name: "full quality" },
-  { quality: 0.7, scale: 1, name: "JPEG 70 %", heavier: 1.6 }, // so many times the bytes has the level above, or less
+  { quality: 0.7, scale: 1, name: "JPEG 70 %", heavier: 1.6 }, // the level above has at most this many times the bytes
   { quality: 0.55, scale: 1, name: "JPEG 55 %", heavier: 1.4 },
   { quality: 0.55, scale: 0.75, name: "JPEG 55 %, ¾ size", heavier: 1.7 },
   { quality: 0.5, scale: 0.5, name: "JPEG 50 %, ½ size", heavier: 2.4 },
 ];
 const HEAVY_MS = 8; // of a frame on the link, from which it is lightened: a quarter of what a camera takes for the next
 const LIGHT_MS = 7; // that the next heavier frame may be expected to take
-const ACKS = 6; // that are judged together
+const ACKS = 6; // of which each judgement is made
 const TRY_AGAIN_MS = [4000, 8000, 16000, 32000, 64000]; // longer each time that heavier frames proved too heavy
 
 const newWeight = () => ({ emptyMs: 0, ackedAt: 0, acks: [], lastMs: 0, since: performance.now(), risenAt: 0, failures: 0 });
