@@ -27,6 +27,7 @@ import torch
 from engine.contract import Pipeline
 from engine.errors import Cancelled, EngineError, is_out_of_memory
 from engine.frames import FrameEditor
+from engine.host_memory import HostMemory, malloc_trim
 from engine.memory import Work
 from engine.pace import Cost, Costs
 from engine.scheduling import take_at
@@ -68,6 +69,7 @@ class Loop:
         self.description: dict[str, Any] = {}  # filled by start()
         self._editor = FrameEditor(pipeline, self.device, draw, self._clock, self._config.reuse_sessions)
         self.costs = Costs()
+        self._host_memory = HostMemory(malloc_trim() if self.device.type == "cpu" else None)
         self._busy_until_monotonic = 0.0  # the end of the denoise that was queued last
         self._encode_s = 0.0  # the encode before it
         self._ready = threading.Event()
@@ -252,6 +254,7 @@ class Loop:
             elif frame.error is None:
                 self._attempt([frame], self._collect, frame)
             self._deliver(frame)
+            self._host_memory.computed(frame.size[0] * frame.size[1])
         if turn.asked is None:
             self._editor.embeddings.renew(turn.session.memory)
 
