@@ -28,6 +28,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from fast_path.graphs import Graphs
 from fast_path.text_encoder_check import check, check_alike, check_towers
 from fast_path.unsupported import UnsupportedError
+from pipeline.content_cache import ContentCache
 from quantization.layer import QuantizedLinear
 from quantization.side_by_side import pack, round_up
 
@@ -116,7 +117,7 @@ class FusedTextEncoder:
         self._text_blocks = [_block(*parts, device=home) for parts in text]
         self.graphs = Graphs()
         # Not bounded: there are only as many grids as aspect ratios of one area, and one takes half a megabyte.
-        self._layouts: dict[Grid, _Layout] = {}
+        self._layouts = ContentCache(32)
 
     @property
     def device(self) -> torch.device:
@@ -132,9 +133,8 @@ class FusedTextEncoder:
         rows, columns = grid
         if len(values) != rows * columns or rows % self._merge or columns % self._merge:
             raise ValueError(f"{len(values)} patches, grid {grid}: want rows * columns, multiples of {self._merge}")
-        if grid not in self._layouts:
-            self._layouts[grid] = self._lay_out(rows, columns)
-        return self.graphs.run(("encode_image", grid), partial(self._encode_image, self._layouts[grid]), values)
+        layout = self._layouts.get(grid, lambda: self._lay_out(rows, columns))
+        return self.graphs.run(("encode_image", grid), partial(self._encode_image, layout), values)
 
     @torch.no_grad()
     def encode_text(self, embeds: torch.Tensor, positions: torch.Tensor, skip: int = 0) -> torch.Tensor:

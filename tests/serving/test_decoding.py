@@ -192,6 +192,7 @@ def test_a_picture_that_needs_more_memory_than_one_may_have_is_refused_and_the_n
 
 def test_what_is_opened_for_one_who_leaves_ends_at_once_waiting_or_at_work(limited, slow_jpeg):
     decoder = limited(workers=1)
+    decoder.open(files()["webp"], Sender())  # the process runs: who leaves while it starts has none to end
     at_work = Opening(decoder, slow_jpeg, "a")
     until(lambda: decoder.summary()["running"], "it is at work")
     waiting = Opening(decoder, slow_jpeg, "b")
@@ -200,7 +201,7 @@ def test_what_is_opened_for_one_who_leaves_ends_at_once_waiting_or_at_work(limit
     waiting.sender.leave()
     at_work.sender.leave()
     assert isinstance(waiting.result(), Left) and isinstance(at_work.result(), Left)
-    assert decoder.summary()["killed"] == 1
+    until(lambda: decoder.summary()["killed"] == 1, "its process has ended")
     assert time.monotonic() - began < 3.0, "the picture was opened to its end"
     assert decoder.open(files()["webp"], Sender()).shape == (200, 300, 3)  # in a new process, which on busy cores takes a while
     with pytest.raises(Left):
