@@ -9,7 +9,7 @@ Weights are the pocket model, `random` (full size, built on the GPU: 62 GB), or 
 `cache-dit` the same with that package where it is installed and applies; `plain` is our pipeline without accelerations,
 `torchao-int8` and `torchao-fp8` the same on torchao's layers, compiled; `fast` is our pipeline with the fast path,
 `fast-int8` and `fast-fp8` with our quantised linear layers in it, and with `-attention` 8-bit attention too. A frame goes from uint8 pictures never seen before on the CPU
-to uint8 pictures on the CPU. Subjects that can stand beside each other on one set of modules take turns, frame by frame,
+to uint8 pictures on the CPU. Subjects that can share one set of modules take turns, frame by frame,
 so that a machine's drift meets them alike; the others follow in phases (see `subjects`), and what a large matrix product
 reaches is measured before each, so that drift between phases shows.
 
@@ -330,7 +330,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--warmup", type=int, default=2, help="frames before them (default 2); the first is timed apart"
     )
-    parser.add_argument("--seconds", type=float, help="end after about so many, with every case that fits")
+    parser.add_argument("--seconds", type=float, help="end after about this time, with every case that fits")
     parser.add_argument(
         "--probes", action="store_true", help="also how exact the fast path is, and the cost of a new prompt"
     )

@@ -65,7 +65,7 @@ TECHNIQUES = (
 def chosen(only: list[str], videos: list[str], more_videos: list[str]) -> list[tuple[Technique, tuple[str, ...]]]:
     """The techniques whose name contains one of `only`, and those that they are compared with, each with its videos.
 
-    `videos` stand in the place of a technique's own, `more_videos` beside them unless it has but one.
+    `videos` stand in the place of a technique's own, `more_videos` are added unless it has but one.
     """
     wanted: dict[str, tuple[str, ...]] = {}
     for technique in TECHNIQUES:

@@ -116,7 +116,7 @@ def ceiling_tflops(device: torch.device) -> float:
 def denoise_flop(config, tokens: dict[str, int], steps: int, batch: int) -> float:
     """Floating-point operations of the transformer in one frame; `tokens` as the subjects write them.
 
-    A forward is 12 d^2 multiply-adds a token and block, and the joint attention. Modulation is not counted, whoever
+    A forward is 12 d^2 multiply-adds a token and block, and the joint attention. Modulation is not counted, whichever subject
     computes it: it is one token's worth. Guidance adds a forward with the negative prompt's tokens.
     """
     d = config.num_attention_heads * config.attention_head_dim

@@ -6,9 +6,9 @@
 The program's own page runs in a headless Chromium with a fake camera at 30 frames a second. Each of its frames carries its
 number as black and white blocks, and the model is a stand-in that gives the picture back, at once or after a while. So
 whatever the canvas shows can be read: which frame it is, and how much later it is there than the camera's own picture of
-it. Nothing of the page is asked for its own opinion; what it writes into its line of truth is kept beside that.
+it. Nothing of the page is asked for its own opinion; what it writes into its line of truth is noted for comparison.
 
-The slow link is a relay on loopback that lets through so many bits a second each way, each byte late by half the round
+The slow link is a relay on loopback that lets through a number of bits a second each way, each byte late by half the round
 trip, and holds what comes faster in a buffer, as a router does: a sender that does not mind piles up seconds there.
 
 Each row of the file has the machine's load at its end: this is a measurement of two cores that a busy neighbour spoils.

@@ -1,4 +1,4 @@
-"""What a result file says beside speed: how exact the fast path is, and what a new prompt costs.
+"""What a result file says in addition to speed: how exact the fast path is, and what a new prompt costs.
 
 In bfloat16 no two orders of the same sum agree. What the fast path may differ by is what the plain path differs by when
 every matrix product merely adds its terms in another order: inputs and weights are shuffled alike. Both errors are given

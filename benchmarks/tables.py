@@ -284,7 +284,7 @@ def _attacks(path: Path, result: dict) -> str:
         f"{result['schemathesis']['cases']:,} requests that schemathesis invented": f"{len(result['schemathesis']['failures'])} rounds with a failure",
         f"{result['pictures']['sent']:,} pictures with flipped bits": statuses(result["pictures"]["statuses"]),
         f"{videos['sent']:,} videos with flipped bits": f"{videos['edited']} edited, {videos['refused']} refused in a sentence",
-        f"{result['hostile']['sent']:,} hostile bodies, in {result['minutes']:g} minutes beside the load": statuses(result["hostile"]["statuses"]),
+        f"{result['hostile']['sent']:,} hostile bodies, in {result['minutes']:g} minutes during the load": statuses(result["hostile"]["statuses"]),
         "the load: " + ", ".join(f"{group['clients']} {name}" for name, group in served.items()): ", ".join(
             f"{group['frames']:,} frames of {name}" for name, group in served.items()
         ),
@@ -326,7 +326,7 @@ def _new_prompts(found: list[dict] | None) -> str:
 
 
 def _asked(row: dict) -> tuple:
-    """What was asked for, whoever answers and by which savings."""
+    """What was asked for, whichever subject answers."""
     return tuple(row.get(key, default) for key, default in _ASKED.items())
 
 

@@ -384,8 +384,8 @@ def run(args) -> ResultFile:
         torch.cuda.set_device(device)
     result, bench = ResultFile(args.out, {"kind": "techniques", **environment(device, args.commit)}), Bench(args)
     todo = chosen(args.only, args.videos, args.more_videos)
-    with ThreadPoolExecutor(1) as beside:  # the videos are made while the weights are
-        made = beside.submit(lambda: [bench.frames(name) for name in {name for _, names in todo for name in names}])
+    with ThreadPoolExecutor(1) as pool:  # the videos are made while the weights are
+        made = pool.submit(lambda: [bench.frames(name) for name in {name for _, names in todo for name in names}])
         pipeline = load(args, device)
         made.result()
     with ExitStack() as running:
@@ -441,10 +441,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--edits", nargs="+", choices=ONE_PICTURE, help="default: " + ", ".join(EDIT_NAMES))
     parser.add_argument("--only", nargs="+", default=[], help="techniques whose name contains one of these")
     parser.add_argument("--videos", nargs="+", default=[], choices=SCENES, help="in the place of the techniques' own")
-    more = "beside the own ones, if these are several"
+    more = "in addition to its own, if these are several"
     parser.add_argument("--more-videos", nargs="+", default=[], choices=SCENES, help=more)
     parser.add_argument("--live-seconds", type=float, default=4.0, help="before a camera, each row (default 4)")
-    parser.add_argument("--seconds", type=float, help="end after about so many, with every row that fits")
+    parser.add_argument("--seconds", type=float, help="end after about this time, with every row that fits")
     parser.add_argument("--seed", type=int, default=0, help="of the camera's noise and of the similarity filter")
     parser.add_argument("--commit", help="where the code runs without its git history")
     parser.add_argument("--out", type=Path, help="result file to write")

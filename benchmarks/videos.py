@@ -1,7 +1,7 @@
 """Synthetic videos of real photographs: a still scene, a moving camera, moving things, as a webcam would see them.
 
 Why synthetic: what moves, by how much and on how many tokens is known exactly, any frame's right answer can be
-computed, and the same seed gives the same frames. The photographs lie beside this file (`photos/`), so that a machine
+computed, and the same seed gives the same frames. The photographs lie in `photos/`, so that a machine
 without network has them; the pocket model never saw them: they are three of those that its evaluation holds out.
 (astronaut: NASA, public domain; chelsea: Stefan van der Walt, CC0; coffee: Rachel Michetti, CC0; from scikit-image.)
 
@@ -88,7 +88,7 @@ def still(width: int, height: int, frames: int) -> Iterator[np.ndarray]:
 
 
 def _moving_camera(width: int, height: int, panned: float, zoomed: float) -> np.ndarray:
-    """A view after so many frames of panning and so many of zooming in; both turn round at their ends."""
+    """A view after these numbers of frames of panning and of zooming in; both turn round at their ends."""
     zoom = 1.4 * math.exp(_to_and_fro(ZOOM * zoomed, 0.4))
     left, top, right, bottom = _box("coffee", width, height, 0.0, 0.5, zoom)
     spare = _photo("coffee").width - (right - left)

@@ -7,7 +7,7 @@ there on everything is the program's: quantised layer by layer on the GPU, moved
 pictures with the vision-language model run for each ("fresh") and for the first only ("cached"). `loading`, `starting`
 (the fast path put in and warmed up) and `running` are torch's peaks in GB (1e9 bytes), each phase's own: allocated, what
 tensors hold; reserved, what torch took from the GPU for them. `used` is all that the GPU has given away at the phase's
-end, CUDA's own share included. With `--card-gb` torch refuses to take more than a card of so many GB could give it: 0.8
+end, CUDA's own share included. With `--card-gb` torch refuses to take more than a card with that many GB could give it: 0.8
 GB are left to CUDA, which takes 0.77 on an H200. A card that is sold as 24 GB has 25.7.
 """
 
@@ -135,7 +135,9 @@ def _gigabytes(module: nn.Module) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quantized memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="result file to write")
     parser.add_argument("--commit", help="of the code, for the result file")
     parser.add_argument("--choices", nargs="+", help="of layers/attention/text encoder, as int8/fp8/int8 (default: all)")

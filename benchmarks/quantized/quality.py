@@ -2,7 +2,7 @@
 
     python -m benchmarks.quantized quality --out benchmarks/results/pocket-quantized.json
 
-`pocket_model.evaluate` on the three photographs beside this file, which the model never saw: all edits, 256x256, 2 steps,
+`pocket_model.evaluate` on the three photographs of `benchmarks/photos`, which the model never saw: all edits, 256x256, 2 steps,
 on the fast path, on the CPU. There FP8 products and 8-bit attention are simulated: the same rounded numbers, summed in
 float32. A row has the choice, the evaluation's figures, and `psnr_to_float_db`, the pictures against the unquantised
 model's: the least over all cases and the mean.
@@ -62,7 +62,9 @@ def run(edits, commit: str | None) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quantized quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--edits", nargs="+", choices=[edit.name for edit in EDITS], help="default: all")
     parser.add_argument("--commit", help="where the code runs without its git history")
     parser.add_argument("--out", type=Path, help="result file to write")

@@ -1,10 +1,10 @@
-"""The attacks that SECURITY.md counts: what a stranger sends, while somebody else works beside him.
+"""The attacks that SECURITY.md counts: what a stranger sends, while somebody else works.
 
     python -m benchmarks.serving attacks --out benchmarks/results/attacks-cpu.json          all of it, about half an hour
     python -m benchmarks.serving attacks --cases 100 --pictures 60 --videos 6 --minutes 0.2  a look
 
 Against a `server.py` of its own on this machine (Linux), with the embedded model: requests that schemathesis invents,
-pictures with flipped bits, hostile files and bodies beside 16 live views and 8 posting clients. Damaged videos go through the
+pictures with flipped bits, hostile files and bodies during the load of 16 live views and 8 posting clients. Damaged videos go through the
 page's own video edit, with a cheap function in the model's place. All the time a bystander at an address of its own asks for
 /health and for a small edit, and its longest wait is measured.
 
@@ -209,7 +209,7 @@ def video_files(folder: Path) -> list[Path]:
 
 
 def by_schemathesis(address: str, cases: int) -> dict:
-    """Rounds, each with a seed of its own, until so many cases were sent. Raises RuntimeError when it does not run."""
+    """Rounds, each with a seed of its own, until this number of cases was sent. Raises RuntimeError when it does not run."""
     settings = os.environ | {"SCHEMATHESIS_HOOKS": "benchmarks.serving.attack_hooks", "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"}
     sent, failures, seed = 0, [], 0
     with tempfile.TemporaryDirectory() as folder:
@@ -328,7 +328,7 @@ def complaints(report: dict) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Attacks a server of its own on this machine and counts what happens.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving attacks", description="Attacks a server of its own on this machine and counts what happens.")
     parser.add_argument("--cases", type=int, default=6000)
     parser.add_argument("--pictures", type=int, default=1500)
     parser.add_argument("--videos", type=int, default=120)

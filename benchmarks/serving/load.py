@@ -275,7 +275,7 @@ def own_server(arguments: list[str]):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Puts a server of this machine under load and judges its answers.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving load", description="Puts a server of this machine under load and judges its answers.")
     parser.add_argument("--url", help="a running server, as http://127.0.0.1:8086 (default: one of its own)")
     parser.add_argument("--model", default="pocket", help="of a server of its own (default pocket)")
     parser.add_argument("--seconds", type=float, default=120.0)

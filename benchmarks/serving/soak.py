@@ -332,7 +332,7 @@ class Client:
     def _check(self, result: EditResult) -> None:
         if result.error is not None:
             if result.number not in self.failing:
-                self.report.complain(f"{self.kind.name}: an error nobody asked for: {str(result.error)[:200]}")
+                self.report.complain(f"{self.kind.name}: an error that no one asked for: {str(result.error)[:200]}")
             return
         self.seen = max(self.seen, result.number)
         drawn, params = self.sent[result.number]
@@ -375,7 +375,7 @@ def run(
 ) -> dict:
     """The report of about `frames` delivered frames, or of as many as `seconds` allow. `pipeline`: the pocket model."""
     pocket = pipeline or load_pipeline("pocket", device=device)
-    through, beside = (ThroughPipeline(**pocket.components) for _ in range(2))
+    through, reference = (ThroughPipeline(**pocket.components) for _ in range(2))
     few = max(1, round(frames * pocket_share))
     report, began = Report(), time.perf_counter()
     config = EngineConfig(idle_timeout_s=IDLE_S, max_sessions=1000)
@@ -386,7 +386,7 @@ def run(
     try:
         with RealtimeEngine(through, config) as first, RealtimeEngine(pocket, config) as second:
             kinds = (
-                Kind("through", first, THROUGH_PROMPTS, STYLES, frames - few, 6, expected_noise(beside)),
+                Kind("through", first, THROUGH_PROMPTS, STYLES, frames - few, 6, expected_noise(reference)),
                 Kind("pocket", second, POCKET_PROMPTS, POCKET_STYLES, few, 2),
             )
             _soak(kinds, report, began + seconds, samples, seed)
@@ -450,7 +450,9 @@ def _flatness(report: Report, what: str, samples: list[tuple[float, float]]) -> 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.serving soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--frames", type=int, default=10_000, help="to be delivered (default 10000)")
     parser.add_argument("--seconds", type=float, default=600.0, help="at most (default 600)")
     parser.add_argument("--pocket-share", type=float, default=0.04, help="of the frames (default 0.04)")
