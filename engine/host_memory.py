@@ -30,7 +30,7 @@ class HostMemory:
 
     def __init__(self, trim: Callable[[int], int] | None, idle_s: float = IDLE_S):
         self._trim, self._idle_s = trim, idle_s
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), threading.Event()
         self._last_monotonic = 0.0
         self._waiter: threading.Thread | None = None  # lives while frames come, and ends with its trim
 
@@ -54,6 +54,15 @@ class HostMemory:
                 if left_s <= 0:
                     self._waiter = None
                     break
-            time.sleep(left_s)
+            if self._closed.wait(left_s):
+                return
         if self._trim is not None:
             self._trim(0)
+
+    def close(self) -> None:
+        """After the last frame: no thread of this is left."""
+        self._closed.set()
+        with self._lock:
+            waiter = self._waiter
+        if waiter is not None:
+            waiter.join()

@@ -116,6 +116,7 @@ class Loop:
             self._sessions.fail(f"The engine has stopped: {type(error).__name__}: {error}. Restart the program.")
         finally:
             self._look_every(0.0)
+            self._host_memory.close()
 
     def _look_every(self, seconds: float) -> None:
         """How often the fast path looks whether its modules were changed: each look at a full-size model takes milliseconds.

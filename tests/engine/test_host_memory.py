@@ -30,6 +30,11 @@ def test_it_is_trimmed_after_a_large_picture_and_once_when_no_more_frames_come()
         memory.computed(256 * 256)
     assert trimmed.wait(PATIENCE_S) and trims == [0, 0]
     HostMemory(None).computed(LARGE_PIXELS)
+    patient = HostMemory(trim, idle_s=3600.0)
+    patient.computed(1)
+    waiter = patient._waiter
+    patient.close()
+    assert trims == [0, 0] and waiter is not None and not waiter.is_alive(), "closed at once"
 
 
 @pytest.mark.endurance
