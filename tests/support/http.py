@@ -49,7 +49,7 @@ class StubPipeline(PassThrough):
 def serving(holder: EngineHolder, auth=None, **options):
     """A uvicorn on a free port in a thread; yields its address without the scheme. `options` go to create_routes."""
     app = FastAPI(routes=create_routes(holder, auth, **options))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off", forwarded_allow_ips="127.0.0.1"))
     ready = threading.Event()
     startup = server.startup
 
