@@ -18,6 +18,7 @@ keeps a traceback: it would keep tensors alive.
 
 import dataclasses
 import logging
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +37,7 @@ from engine.statistics import Statistics
 from engine.streams import Stopwatch
 from pipeline.images import EditError
 
-LOOK_EVERY_S = 0.5
+LOOK_EVERY_S = 0.5  # while frames wait for the engine
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class Loop:
         self._editor = FrameEditor(pipeline, self.device, draw, self._clock, self._config.reuse_sessions)
         self.costs = Costs()
         self._host_memory = HostMemory(malloc_trim() if self.device.type == "cpu" else None)
+        self._delivered_monotonic = -math.inf  # when the last frame was
         self._busy_until_monotonic = 0.0  # the end of the denoise that was queued last
         self._encode_s = 0.0  # the encode before it
         self._ready = threading.Event()
@@ -107,7 +109,6 @@ class Loop:
         finally:
             self._ready.set()
         try:
-            self._look_every(LOOK_EVERY_S)
             while self._serve_next():
                 pass
         except BaseException as error:  # SystemExit from a library, memory at an end: no one would answer any more
@@ -119,10 +120,7 @@ class Loop:
             self._host_memory.close()
 
     def _look_every(self, seconds: float) -> None:
-        """How often the fast path looks whether its modules were changed: each look at a full-size model takes milliseconds.
-
-        While the engine runs it owns the pipeline, and changes the model only by methods that tell the fast path.
-        """
+        """How often the fast path looks whether its modules were changed: each look at a full-size model takes milliseconds."""
         if self._pipeline.fast_path is not None:
             self._pipeline.fast_path.look_every_s = seconds
 
@@ -189,6 +187,10 @@ class Loop:
             self._attempt([frame], self._begin_frame, frame)
 
     def _begin_frame(self, frame: Frame) -> None:
+        # Who changes the model after a result and then submits sees the change at once. A frame that has waited since before the
+        # last result is one of a stream that the engine does not keep up with: only there each look costs frames.
+        behind = frame.submitted_monotonic < self._delivered_monotonic
+        self._look_every(LOOK_EVERY_S if behind else 0.0)
         self._set_pace(frame)
         self._editor.begin(frame.work)
 
@@ -316,7 +318,7 @@ class Loop:
         session, work, frame.work = frame.session, frame.work, None  # it holds keys and values, and the frame
         stages_ms = work.watch.read_ms() if frame.error is None and not frame.cancelled else {}
         with self._sessions.lock:
-            now = self._sessions.give_back(frame)
+            now = self._delivered_monotonic = self._sessions.give_back(frame)
             if frame.cancelled:
                 return
             skipped = work.repeats is not None and frame.error is None

@@ -55,7 +55,7 @@ class FastPath:
         self.report: list[Applied] = []
         self.keep_weights = False  # somebody else holds the components: their weights stay where they are
         self.held = 0  # while above 0, the pipeline changes weights itself and tells the parts
-        self.look_every_s = 0.0  # who owns the pipeline for a while, and changes it by its own methods, may ask for fewer looks
+        self.look_every_s = 0.0  # a stream of frames may ask for fewer looks
         self.components = {component: watch.Component() for component in PARTS.values()}
         self._built: dict[str, tuple] = {}  # component: the state that its part was built for, or refused in
         self._looked_monotonic: dict[str, float] = {}  # the last look at each component, in seconds

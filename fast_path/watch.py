@@ -9,8 +9,8 @@ What is compared is flat and was collected once: which objects a module holds (c
 attributes of its own), each parameter's version counter and memory. All loops are C's. For the full-size transformer
 (60 blocks, 2,297 modules, 1,933 parameters) a look takes 1 to 4 ms of a core, and asks the GPU nothing; to see it for
 the first time, or changed, takes some 40 ms. A picture looks once at the transformer, once at the text encoder, twice at the VAE.
-On a GPU it does so while the GPU computes (`FastPath.settled`). The engine, which owns its pipeline, asks for looks twice a
-second only (`FastPath.look_every_s`).
+On a GPU it does so while the GPU computes (`FastPath.settled`). While frames wait for the
+engine, it asks for looks twice a second only (`FastPath.look_every_s`).
 
 Not seen: a weight changed through `.data` (torch counts no version there), and a number inside a list that a module
 holds. After such a change call the pipeline's `clear_caches()`. Where hooks own the place of the weights (offloading,

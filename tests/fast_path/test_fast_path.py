@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ import fast_path
 from engine.loop import LOOK_EVERY_S
 from fast_path.unsupported import UnsupportedError
 from fast_path.watch import dtype_of
-from qwen_realtime import RealtimeEngine
+from qwen_realtime import EditParams, EngineConfig, RealtimeEngine
 
 
 def test_apply_reports_and_remove_restores(pocket, photo):
@@ -154,8 +155,19 @@ def test_an_owner_of_the_pipeline_may_ask_for_whole_looks_now_and_then_and_a_gla
     assert pipe.fused_transformer not in (None, built), "another object is seen at once"
 
 
-def test_an_engine_looks_twice_a_second_and_hands_the_pipeline_back_as_it_was(pocket_copy):
-    pipe = pocket_copy()
-    with RealtimeEngine(pipe):
-        assert pipe.fast_path.look_every_s == LOOK_EVERY_S <= 0.5
-    assert pipe.fast_path.look_every_s == 0.0
+def test_an_engine_looks_at_each_edit_and_at_a_stream_it_does_not_keep_up_with_twice_a_second(pocket_copy):
+    pipe, asked = pocket_copy(), []
+    picture = np.full((64, 64, 3), 90, np.uint8)
+    params = EditParams("make it black and white", width=64, height=64, steps=1)
+    with RealtimeEngine(pipe, EngineConfig(max_sessions=2)) as engine:
+        before = engine.edit([picture], params, timeout=60).image
+        look_every = engine._loop._look_every
+        engine._loop._look_every = lambda seconds: asked.append(seconds) or look_every(seconds)
+        with torch.no_grad():
+            pipe.transformer.transformer_blocks[0].img_mod[1].weight.mul_(3)
+        assert not np.array_equal(engine.edit([picture], params, timeout=60).image, before), "seen by the very next edit"
+        with engine.open_session() as one, engine.open_session() as two:  # the second waits for the first
+            numbers = [session.submit([picture], params) for session in (one, two)]
+            for session, number in zip((one, two), numbers, strict=True):
+                session.result(number, 60)
+    assert asked == [0.0, 0.0, LOOK_EVERY_S, 0.0] and LOOK_EVERY_S <= 0.5 and pipe.fast_path.look_every_s == 0.0
